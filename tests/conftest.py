@@ -1,0 +1,41 @@
+"""Options and fixtures shared by all tests."""
+
+import os
+
+# before vLLM is imported: one process, so that a test can look inside the engine and start many of them
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pathlib
+
+import pytest
+import torch
+
+TINY = pathlib.Path(__file__).parent.parent / "examples" / "bamba-tiny"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="fail, instead of skip, tests whose GPUs are missing")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gpus = torch.cuda.device_count()
+    for item in items:
+        needed = 2 if item.get_closest_marker("gpu2") else 1 if item.get_closest_marker("gpu") else 0
+        if needed > gpus:
+            reason = f"needs {needed} NVIDIA GPU(s), found {gpus}"
+            if config.getoption("--require-gpu"):
+                item.add_marker(pytest.mark.xfail(reason=reason, run=False, strict=True))
+                item.user_properties.append(("missing_gpu", reason))
+            else:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> str:
+    """Path of the embedded trained checkpoint."""
+    assert (TINY / "model.safetensors").is_file(), f"{TINY} is part of the repository and must be there"
+    return str(TINY)

@@ -1,0 +1,95 @@
+"""Every touch of a vLLM internal that may move: what it is, why it is needed, where it was seen, when it can go.
+
+Imports of vLLM's documented building blocks (`Attention`, the linear layers, `RMSNorm`, `MambaBase`, ...) stand in the
+modules that use them; what a model outside vLLM's tree would not normally touch stands here.
+
+| touch | why | seen in | goes when |
+|---|---|---|---|
+| `MODELS_CONFIG_MAP` (in `register`) | checks before weights are loaded | 0.32, 0.33 | vLLM has a public hook |
+| op `vllm::mamba_mixer2` | opaque to torch.compile, splits CUDA graphs; calls `conv_ssm_forward` | 0.32, 0.33 | plugins can register splitting ops |
+| `Mamba2AttentionMetadata` | slots and chunks of the batch | 0.32, 0.33 | the plugin has a metadata builder of its own |
+| `vllm...layers.mamba.ops.*` | the operators underneath | 0.32, 0.33 | each op has a kernel of its own |
+| `supported_kv_cache_layouts` | pipeline stages without attention must agree with the others | 0.32, 0.33 | vLLM intersects the workers' lists |
+| `lora.utils._all_lora_classes` | adapters of `in_proj` where B and C are copied to several ranks | 0.32, 0.33 | vLLM asks layers for their wrapper |
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+import vllm.model_executor.layers.mamba.mamba_mixer2  # noqa: F401  registers vllm::mamba_mixer2
+from vllm.model_executor.layers.mamba.mamba_utils import (
+    MambaStateCopyFuncCalculator,
+    MambaStateDtypeCalculator,
+    is_conv_state_dim_first,
+)
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import _encode_layer_name
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionBackend, Mamba2AttentionMetadata
+from vllm.v1.attention.selector import get_attn_backend
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+__all__ = [
+    "Mamba2AttentionMetadata",
+    "MambaStateCopyFuncCalculator",
+    "MambaStateDtypeCalculator",
+    "check_options",
+    "is_conv_state_dim_first",
+    "mix_opaquely",
+    "register_lora_wrapper",
+    "state_backend",
+]
+
+
+def check_options(vllm_config: VllmConfig) -> None:
+    """Raise ValueError for vLLM options that this model would otherwise get wrong without a word."""
+    if vllm_config.cache_config.use_replayssm:
+        raise ValueError("--use-replayssm is a feature of vLLM's own mixer; leave it out for Bamba.")
+    if vllm_config.speculative_config is not None and current_platform.is_cpu():
+        raise ValueError(
+            "speculative decoding of Bamba needs a GPU: vLLM's CPU convolution cannot take rejected tokens back. "
+            "Leave --speculative-config out."
+        )
+
+
+def mix_opaquely(projected: torch.Tensor, mixed: torch.Tensor, layer_name: str) -> None:
+    """Call `conv_ssm_forward(projected_states=projected, output=mixed)` of the layer, hidden from torch.compile.
+
+    vLLM's own operator does just that for whatever layer is registered under the name; it is on vLLM's list of
+    operators at which piecewise CUDA graphs are cut, which a plugin cannot extend.
+    """
+    torch.ops.vllm.mamba_mixer2(projected, mixed, _encode_layer_name(layer_name))
+
+
+def state_backend(head_dim: int, dtype: torch.dtype, kv_cache_dtype: str | None) -> type[AttentionBackend]:
+    """vLLM's Mamba-2 metadata backend, with the KV-cache layouts of the attention backend that serves this model.
+
+    On vLLM 0.32 and 0.33 every worker reports the layouts that its backends support and all lists must be equal. A
+    pipeline stage of Mamba layers alone would report every layout and the engine would not start ("Workers disagree
+    on supported KV cache layouts"), although one resolved layout suits all of them.
+    """
+    attention = get_attn_backend(head_dim, dtype, kv_cache_dtype)
+    return _state_backend(attention)
+
+
+@functools.cache
+def _state_backend(attention: type[AttentionBackend]) -> type[AttentionBackend]:
+    class BambaStateBackend(Mamba2AttentionBackend):
+        @classmethod
+        def supported_kv_cache_layouts(cls) -> Any:
+            return attention.supported_kv_cache_layouts()
+
+    return BambaStateBackend
+
+
+def register_lora_wrapper(wrapper: type) -> None:
+    """Have vLLM try `wrapper` before its own LoRA layers; safe to call again."""
+    from vllm.lora import utils
+
+    if wrapper not in utils._all_lora_classes:
+        utils._all_lora_classes = (wrapper, *utils._all_lora_classes)

@@ -1,0 +1,191 @@
+"""What a Bamba checkpoint says about itself, read once from its config and checked.
+
+`BambaShape` is the only reader of the Hugging Face config: every other module takes its fields from here.
+`BambaServingConfig` is vLLM's hook that checks a configuration before any weight is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from vllm_bamba.sharding import check_tensor_parallel
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+NO_TIME_STEP_LIMIT = (0.0, math.inf)
+
+
+@dataclass(frozen=True)
+class BambaShape:
+    """Sizes and switches of one Bamba model; names follow the config's fields.
+
+    Raises (from `from_hf`):
+        ValueError: a field is missing, contradicts another or asks for something that is not supported; the
+            message names the field.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    attention_layers: frozenset[int]
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rotary_dim: int
+    rope_parameters: dict[str, Any]
+    max_position_embeddings: int
+    rms_norm_eps: float
+    mamba_heads: int
+    mamba_head_dim: int
+    mamba_groups: int
+    mamba_state: int
+    conv_width: int
+    chunk_size: int
+    time_step_limit: tuple[float, float]
+    attention_bias: bool
+    mlp_bias: bool
+    mamba_proj_bias: bool
+    mamba_conv_bias: bool
+    tie_word_embeddings: bool
+
+    @property
+    def mamba_intermediate(self) -> int:
+        """Channels of x, and of the gate: heads x head_dim."""
+        return self.mamba_heads * self.mamba_head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels that the causal convolution sees: x, B and C."""
+        return self.mamba_intermediate + 2 * self.mamba_groups * self.mamba_state
+
+    @classmethod
+    def from_hf(cls, config: Any) -> BambaShape:
+        """Read a Transformers `BambaConfig`."""
+        model_type = getattr(config, "model_type", None)
+        if model_type != "bamba":
+            raise ValueError(
+                f"model_type is {model_type!r}: vllm_bamba serves Bamba checkpoints only (model_type 'bamba'). "
+                "Correct `architectures` or `model_type` in the checkpoint's config.json."
+            )
+        heads = _positive(config, "num_attention_heads")
+        hidden_size = _positive(config, "hidden_size")
+        head_dim = getattr(config, "head_dim", None) or _divide(hidden_size, "hidden_size", heads, "num_attention_heads")
+        rope_parameters = dict(config.rope_parameters or {})
+        shape = cls(
+            vocab_size=_positive(config, "vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=_positive(config, "intermediate_size"),
+            num_layers=_positive(config, "num_hidden_layers"),
+            attention_layers=frozenset(config.attn_layer_indices or ()),
+            num_attention_heads=heads,
+            num_key_value_heads=config.num_key_value_heads or heads,
+            head_dim=head_dim,
+            rotary_dim=_rotary_dim(config, head_dim, rope_parameters),
+            rope_parameters=rope_parameters,
+            max_position_embeddings=_positive(config, "max_position_embeddings"),
+            rms_norm_eps=config.rms_norm_eps,
+            mamba_heads=_positive(config, "mamba_n_heads"),
+            mamba_head_dim=_mamba_head_dim(config),
+            mamba_groups=_positive(config, "mamba_n_groups"),
+            mamba_state=_positive(config, "mamba_d_state"),
+            conv_width=_positive(config, "mamba_d_conv"),
+            chunk_size=_positive(config, "mamba_chunk_size"),
+            time_step_limit=tuple(config.time_step_limit or NO_TIME_STEP_LIMIT),
+            attention_bias=config.attention_bias,
+            mlp_bias=config.mlp_bias,
+            mamba_proj_bias=config.mamba_proj_bias,
+            mamba_conv_bias=config.mamba_conv_bias,
+            tie_word_embeddings=config.tie_word_embeddings,
+        )
+        shape._check(config)
+        return shape
+
+    def _check(self, config: Any) -> None:
+        if config.hidden_act != "silu":
+            raise ValueError(f"hidden_act is {config.hidden_act!r}: Bamba's MLP and convolution are built with 'silu'.")
+        outside = sorted(i for i in self.attention_layers if not 0 <= i < self.num_layers)
+        if outside:
+            raise ValueError(f"attn_layer_indices names layers {outside} of a model of {self.num_layers} layers.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads = {self.num_key_value_heads} does not divide "
+                f"num_attention_heads = {self.num_attention_heads}."
+            )
+        if self.mamba_heads % self.mamba_groups:
+            raise ValueError(
+                f"mamba_n_groups = {self.mamba_groups} does not divide mamba_n_heads = {self.mamba_heads}."
+            )
+        if self.mamba_intermediate != config.mamba_expand * self.hidden_size:
+            raise ValueError(
+                f"mamba_n_heads x mamba_d_head = {self.mamba_intermediate} differs from "
+                f"mamba_expand x hidden_size = {config.mamba_expand * self.hidden_size}."
+            )
+        if not 2 <= self.conv_width <= 4:
+            raise ValueError(f"mamba_d_conv = {self.conv_width}: convolutions of width 2, 3 and 4 are supported.")
+        if self.chunk_size & (self.chunk_size - 1):
+            raise ValueError(f"mamba_chunk_size = {self.chunk_size} is not a power of two.")
+        low, high = self.time_step_limit
+        if not 0 <= low < high:
+            raise ValueError(f"time_step_limit = {self.time_step_limit}: expected 0 <= low < high.")
+
+
+def _positive(config: Any, field: str) -> int:
+    value = getattr(config, field, None)
+    if not isinstance(value, int) or value <= 0:
+        raise ValueError(f"{field} = {value!r} in the checkpoint's config.json: expected a positive integer.")
+    return value
+
+
+def _divide(value: int, name: str, parts: int, parts_name: str) -> int:
+    if value % parts:
+        raise ValueError(f"{parts_name} = {parts} does not divide {name} = {value}.")
+    return value // parts
+
+
+def _mamba_head_dim(config: Any) -> int:
+    """`mamba_d_head`, which may be "auto": mamba_expand x hidden_size / mamba_n_heads."""
+    if config.mamba_d_head == "auto":
+        inner = config.mamba_expand * config.hidden_size
+        return _divide(inner, "mamba_expand x hidden_size", config.mamba_n_heads, "mamba_n_heads")
+    return _positive(config, "mamba_d_head")
+
+
+def _rotary_dim(config: Any, head_dim: int, rope_parameters: dict[str, Any]) -> int:
+    """Channels of each head that are rotated: `attn_rotary_emb`, or else Transformers' fraction, a half."""
+    rotary_dim = getattr(config, "attn_rotary_emb", None)
+    if rotary_dim is None:
+        rotary_dim = int(head_dim * rope_parameters.get("partial_rotary_factor", 0.5))
+    if not 0 < rotary_dim <= head_dim or rotary_dim % 2:
+        raise ValueError(f"attn_rotary_emb = {rotary_dim}: expected an even number of at most head_dim = {head_dim}.")
+    return rotary_dim
+
+
+class BambaServingConfig(VerifyAndUpdateConfig):
+    """vLLM's per-architecture hook: refuse early, in the process that the user started."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Check checkpoint, parallelism and options together.
+
+        Raises:
+            ValueError: naming the field or flag and what to do about it.
+        """
+        from vllm_bamba.compat import check_options
+        from vllm_bamba.weights import check_files
+
+        shape = BambaShape.from_hf(vllm_config.model_config.hf_config)
+        check_tensor_parallel(
+            vllm_config.parallel_config.tensor_parallel_size,
+            mamba_heads=shape.mamba_heads,
+            mamba_groups=shape.mamba_groups,
+            attention_heads=shape.num_attention_heads,
+            key_value_heads=shape.num_key_value_heads,
+        )
+        check_options(vllm_config)
+        check_files(vllm_config.model_config.model, vllm_config.load_config.load_format)

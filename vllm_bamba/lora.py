@@ -1,0 +1,19 @@
+"""LoRA on `in_proj` where B and C are copied to several ranks."""
+
+import torch
+from torch import nn
+from vllm.lora.layers import MergedColumnParallelLinearVariableSliceWithLoRA
+
+from vllm_bamba.mixer import InProjection
+
+
+class InProjectionWithLoRA(MergedColumnParallelLinearVariableSliceWithLoRA):
+    """vLLM's wrapper for fused projections, fed with an adapter whose B and C rows are repeated like the weight's."""
+
+    @classmethod
+    def can_replace_layer(cls, source_layer: nn.Module, *args: object, **kwargs: object) -> bool:
+        return isinstance(source_layer, InProjection)
+
+    def set_lora(self, index: int, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
+        """lora_a [rank, hidden], lora_b [in_proj rows, rank]."""
+        super().set_lora(index, lora_a, self.base_layer.with_copies(lora_b, 0))

@@ -1,0 +1,234 @@
+"""The Mamba-2 mixer over vLLM's state manager: project, mix, gate, project."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+
+from vllm_bamba.compat import MambaStateDtypeCalculator, mix_opaquely, state_backend
+from vllm_bamba.config import BambaShape
+from vllm_bamba.ops.causal_conv1d import causal_conv1d_prefill, causal_conv1d_step
+from vllm_bamba.ops.gated_norm import gated_rms_norm
+from vllm_bamba.ops.ssd_prefill import ssd_prefill, warm_up
+from vllm_bamba.ops.ssm_step import ssm_step
+from vllm_bamba.sharding import MixerShard, scaled
+from vllm_bamba.state import DecodePlan, PrefillPlan, channels_first, mixer_shard, plan_batch, state_shapes
+
+
+def sharded_parameter(
+    size: tuple[int, ...],
+    rows: list[range],
+    dtype: torch.dtype | None = None,
+    convert: Callable[[torch.Tensor], torch.Tensor] = lambda loaded: loaded,
+) -> nn.Parameter:
+    """A parameter that loads `rows` of the checkpoint's tensor, converted."""
+    parameter = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+
+    def load(param: nn.Parameter, loaded: torch.Tensor) -> None:
+        part = convert(torch.cat([loaded[r.start : r.stop] for r in rows]))
+        if part.shape != param.shape:
+            raise ValueError(f"got shape {tuple(loaded.shape)}, of which {tuple(part.shape)} would be {tuple(size)}")
+        param.data.copy_(part)
+
+    parameter.weight_loader = load  # type: ignore[attr-defined]  # where vLLM's loaders look for it
+    return parameter
+
+
+class InProjection(MergedColumnParallelLinear):
+    """hidden -> gate | x | B | C | dt, where B and C may be held by several ranks.
+
+    vLLM's merged column-parallel layer deals out each of the five evenly; the copies of B and C are made on the way
+    in, by repeating the checkpoint's rows, so that weights, biases, quantisation scales and LoRA factors all take the
+    same road.
+    """
+
+    def __init__(self, hidden_size: int, shard: MixerShard, bias: bool, quant_config: object, prefix: str):
+        self.shard = shard
+        super().__init__(hidden_size, shard.in_proj_sizes, bias=bias, quant_config=quant_config, prefix=prefix)
+
+    def with_copies(self, loaded: torch.Tensor, dim: int) -> torch.Tensor:
+        """Repeat the rows of B and C as often as ranks hold them.
+
+        Args:
+            loaded: a checkpoint tensor whose dimension `dim` runs over in_proj's rows, or over blocks of them.
+            dim: that dimension.
+        """
+        sources = self.shard.in_proj_sources
+        factor = max(1, sources[-1].stop // loaded.shape[dim])
+        rows = scaled(sources, factor)
+        return torch.cat([loaded.narrow(dim, r.start, len(r)) for r in rows], dim)
+
+    def _copied(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: object) -> torch.Tensor:
+        dim = getattr(param, "output_dim", None)
+        if shard_id is not None or dim is None or loaded.dim() == 0 or loaded.numel() == 1 or self.shard.copies == 1:
+            return loaded
+        return self.with_copies(loaded, dim)
+
+    def weight_loader(self, param, loaded_weight, loaded_shard_id=None):  # type: ignore[no-untyped-def]
+        super().weight_loader(param, self._copied(param, loaded_weight, loaded_shard_id), loaded_shard_id)
+
+    def weight_loader_v2(self, param, loaded_weight, loaded_shard_id=None):  # type: ignore[no-untyped-def]
+        super().weight_loader_v2(param, self._copied(param, loaded_weight, loaded_shard_id), loaded_shard_id)
+
+
+class CausalConv1d(nn.Module):
+    """Weights of the depthwise convolution over this rank's channels of x | B | C."""
+
+    def __init__(self, shard: MixerShard, width: int, bias: bool):
+        super().__init__()
+        channels = shard.local_conv_channels
+        self.weight = sharded_parameter((channels, width), shard.conv_rows, convert=lambda w: w.squeeze(1))
+        self.bias = sharded_parameter((channels,), shard.conv_rows) if bias else None
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm of y * silu(gate) over all ranks' channels."""
+
+    def __init__(self, shard: MixerShard, eps: float):
+        super().__init__()
+        self.weight = sharded_parameter((shard.local_intermediate,), [shard.intermediate_rows])
+        self.eps = eps
+        self.channels = shard.heads * shard.head_dim
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return gated_rms_norm(x, gate, self.weight, self.eps, self.channels, tensor_model_parallel_all_reduce)
+
+
+class BambaMixer(nn.Module, MambaBase):
+    """One Mamba-2 layer's mixer; its state lives in vLLM's cache, one slot a sequence."""
+
+    def __init__(self, shape: BambaShape, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        self.shape = shape
+        self.prefix = prefix
+        self.model_config = vllm_config.model_config
+        self.cache_config = vllm_config.cache_config
+        self.draft_tokens = vllm_config.num_speculative_tokens
+        shard = mixer_shard(shape, get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank())
+        self.shard = shard
+
+        self.in_proj = InProjection(
+            shape.hidden_size, shard, shape.mamba_proj_bias, vllm_config.quant_config, f"{prefix}.in_proj"
+        )
+        self.conv1d = CausalConv1d(shard, shape.conv_width, shape.mamba_conv_bias)
+        heads, head_rows = (shard.local_heads,), [shard.head_rows]
+        self.A = sharded_parameter(heads, head_rows, torch.float32, convert=lambda log: -log.float().exp())
+        self.D = sharded_parameter(heads, head_rows)
+        self.dt_bias = sharded_parameter(heads, head_rows)
+        self.norm = GatedRMSNorm(shard, shape.rms_norm_eps)
+        self.out_proj = RowParallelLinear(
+            shape.mamba_intermediate,
+            shape.hidden_size,
+            bias=shape.mamba_proj_bias,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.out_proj",
+        )
+
+        layers = vllm_config.compilation_config.static_forward_context
+        if prefix in layers:
+            raise ValueError(f"duplicate layer name: {prefix}")
+        layers[prefix] = self
+        self.kv_cache = (torch.tensor([]), torch.tensor([]))  # vLLM binds the state tensors
+        self.backend = state_backend(shape.head_dim, self.model_config.dtype, self.cache_config.cache_dtype)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden] -> [tokens, hidden]."""
+        projected, _ = self.in_proj(hidden_states)
+        mixed = projected.new_empty(len(projected), self.shard.local_intermediate)
+        mix_opaquely(projected, mixed, self.prefix)
+        gate = projected[:, : self.shard.local_intermediate]
+        output, _ = self.out_proj(self.norm(mixed, gate))
+        return output
+
+    def conv_ssm_forward(self, projected_states: torch.Tensor, output: torch.Tensor) -> None:
+        """Convolution and recurrence of x, B, C and dt, [tokens, in_proj rows], into output [tokens, channels].
+
+        Called by `mix_opaquely`, which fixes the names. Decode tokens come first, then prefill tokens, then, in a
+        padded batch, rows that nobody reads.
+        """
+        batch = get_forward_context().attn_metadata
+        if batch is None:  # vLLM's memory profiling: no states yet
+            self._warm_up(projected_states)
+            output.zero_()
+            return
+        decode, prefill = plan_batch(batch[self.prefix])
+        start = 0
+        if decode is not None:
+            start = decode.num_tokens
+            self._decode(projected_states[:start], decode, output[:start])
+        if prefill is not None:
+            rows = slice(start, start + prefill.num_tokens)
+            self._prefill(projected_states[rows], prefill, output[rows])
+
+    def _decode(self, projected: torch.Tensor, plan: DecodePlan, output: torch.Tensor) -> None:
+        conv_state, ssm_state = channels_first(self.kv_cache[0]), self.kv_cache[1]
+        xBC, dt = self._split(projected)
+        xBC = causal_conv1d_step(xBC, self.conv1d.weight, self.conv1d.bias, conv_state, plan)
+        x, B, C = self._heads(xBC)
+        ssm_step(x, dt, self.A, B, C, self.D, self.dt_bias, self.shape.time_step_limit, ssm_state, plan, self._y(output))
+
+    def _prefill(self, projected: torch.Tensor, plan: PrefillPlan, output: torch.Tensor) -> None:
+        conv_state, ssm_state = channels_first(self.kv_cache[0]), self.kv_cache[1]
+        xBC, dt = self._split(projected)
+        xBC = causal_conv1d_prefill(xBC, self.conv1d.weight, self.conv1d.bias, conv_state, plan)
+        x, B, C = self._heads(xBC)
+        limit = self.shape.time_step_limit
+        ssd_prefill(x, dt, self.A, B, C, self.D, self.dt_bias, limit, ssm_state, plan, self._y(output))
+
+    def _split(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x | B | C and dt of a projection; the gate waits for the norm."""
+        sizes = [self.shard.local_intermediate, self.shard.local_conv_channels, self.shard.local_heads]
+        _, xBC, dt = projected.split(sizes, dim=-1)
+        return xBC, dt
+
+    def _heads(self, xBC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [tokens, heads, head_dim], B and C [tokens, groups, state]."""
+        shard = self.shard
+        x, B, C = xBC.split([shard.local_intermediate, shard.local_bc, shard.local_bc], dim=-1)
+        groups = (shard.local_groups, shard.state)
+        return x.unflatten(-1, (shard.local_heads, shard.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def _y(self, output: torch.Tensor) -> torch.Tensor:
+        return output.view(len(output), self.shard.local_heads, self.shard.head_dim)
+
+    def _warm_up(self, projected: torch.Tensor) -> None:
+        shard, state_dtype = self.shard, self.get_state_dtype()[1]
+        warm_up(
+            shard.local_heads,
+            shard.head_dim,
+            shard.local_groups,
+            shard.state,
+            self.shape.chunk_size,
+            projected.dtype,
+            state_dtype,
+            projected.device,
+        )
+
+    # what vLLM's state manager asks
+
+    @property
+    def mamba_type(self) -> MambaAttentionBackendEnum:
+        return MambaAttentionBackendEnum.MAMBA2
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return self.backend
+
+    def get_state_shape(self) -> tuple[tuple[int, int], tuple[int, int, int]]:
+        return state_shapes(self.shape, self.shard.size, self.draft_tokens)
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        cache = self.cache_config
+        return MambaStateDtypeCalculator.mamba2_state_dtype(
+            self.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
+        )

@@ -1,0 +1,294 @@
+"""Bamba for vLLM: 29 Mamba-2 layers, 3 attention layers and an MLP in each, in the released 9.8B models.
+
+Module paths are the checkpoint's own, so that quantisation ignore lists and LoRA adapters find what they name.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import (
+    HasInnerState,
+    IsHybrid,
+    SupportsLoRA,
+    SupportsMambaPrefixCaching,
+    SupportsPP,
+    SupportsQuant,
+)
+from vllm.model_executor.models.utils import (
+    PPMissingLayer,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+)
+from vllm.sequence import IntermediateTensors
+
+from vllm_bamba.compat import MambaStateCopyFuncCalculator, MambaStateDtypeCalculator, register_lora_wrapper
+from vllm_bamba.config import BambaShape
+from vllm_bamba.mixer import BambaMixer
+from vllm_bamba.state import state_shapes
+from vllm_bamba.weights import STACKED, load_weights
+
+Residual = torch.Tensor | None
+
+
+class BambaMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, shape: BambaShape, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            shape.hidden_size,
+            [shape.intermediate_size] * 2,
+            bias=shape.mlp_bias,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.gate_up_proj",
+        )
+        self.down_proj = RowParallelLinear(
+            shape.intermediate_size,
+            shape.hidden_size,
+            bias=shape.mlp_bias,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.down_proj",
+        )
+        self.act = SiluAndMul()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate_up, _ = self.gate_up_proj(hidden_states)
+        output, _ = self.down_proj(self.act(gate_up))
+        return output
+
+
+class BambaAttention(nn.Module):
+    """Grouped-query attention over vLLM's paged cache; the first `rotary_dim` channels of each head are rotated."""
+
+    def __init__(self, shape: BambaShape, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        ranks = get_tensor_model_parallel_world_size()
+        self.num_heads = shape.num_attention_heads // ranks
+        self.num_kv_heads = max(1, shape.num_key_value_heads // ranks)
+        self.head_dim = shape.head_dim
+        self.qkv_proj = QKVParallelLinear(
+            shape.hidden_size,
+            shape.head_dim,
+            shape.num_attention_heads,
+            shape.num_key_value_heads,
+            bias=shape.attention_bias,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            shape.num_attention_heads * shape.head_dim,
+            shape.hidden_size,
+            bias=shape.attention_bias,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.rotary_emb = get_rope(
+            shape.head_dim,
+            max_position=shape.max_position_embeddings,
+            rope_parameters=shape.rope_parameters | {"partial_rotary_factor": shape.rotary_dim / shape.head_dim},
+            is_neox_style=True,
+        )
+        self.attn = Attention(
+            self.num_heads,
+            shape.head_dim,
+            shape.head_dim**-0.5,
+            num_kv_heads=self.num_kv_heads,
+            cache_config=vllm_config.cache_config,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        q, k, v = qkv.split([queries, keys, keys], dim=-1)
+        q, k = self.rotary_emb(positions, q, k)
+        output, _ = self.o_proj(self.attn(q, k, v))
+        return output
+
+
+class BambaDecoderLayer(nn.Module):
+    """norm, mixer or attention, norm, MLP; each norm adds what came before to the residual first."""
+
+    def __init__(self, shape: BambaShape, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        self.feed_forward = BambaMLP(shape, vllm_config, f"{prefix}.feed_forward")
+        self.input_layernorm = RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
+        self.pre_ff_layernorm = RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
+
+    def mix(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What tells tokens of each other: [tokens, hidden] -> [tokens, hidden]."""
+        raise NotImplementedError
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: Residual
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.mix(positions, hidden_states)
+        hidden_states, residual = self.pre_ff_layernorm(hidden_states, residual)
+        return self.feed_forward(hidden_states), residual
+
+
+class BambaMambaLayer(BambaDecoderLayer):
+    def __init__(self, shape: BambaShape, vllm_config: VllmConfig, prefix: str):
+        super().__init__(shape, vllm_config, prefix)
+        self.mamba = BambaMixer(shape, vllm_config, f"{prefix}.mamba")
+
+    def mix(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.mamba(hidden_states)
+
+
+class BambaAttentionLayer(BambaDecoderLayer):
+    def __init__(self, shape: BambaShape, vllm_config: VllmConfig, prefix: str):
+        super().__init__(shape, vllm_config, prefix)
+        self.self_attn = BambaAttention(shape, vllm_config, f"{prefix}.self_attn")
+
+    def mix(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.self_attn(positions, hidden_states)
+
+
+@support_torch_compile
+class BambaModel(nn.Module):
+    """Embedding, this pipeline stage's layers, final norm."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        shape = BambaShape.from_hf(vllm_config.model_config.hf_config)
+        stage = get_pp_group()
+        if stage.is_first_rank or (shape.tie_word_embeddings and stage.is_last_rank):
+            self.embed_tokens = VocabParallelEmbedding(
+                shape.vocab_size,
+                shape.hidden_size,
+                quant_config=vllm_config.quant_config,
+                prefix=maybe_prefix(prefix, "embed_tokens"),
+            )
+        else:
+            self.embed_tokens = PPMissingLayer()
+
+        def layer(prefix: str) -> BambaDecoderLayer:
+            index = int(prefix.rsplit(".", 1)[1])
+            kind = BambaAttentionLayer if index in shape.attention_layers else BambaMambaLayer
+            return kind(shape, vllm_config, prefix)
+
+        self.start_layer, self.end_layer, self.layers = make_layers(
+            shape.num_layers, layer, prefix=maybe_prefix(prefix, "layers")
+        )
+        self.final_layernorm = (
+            RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps) if stage.is_last_rank else PPMissingLayer()
+        )
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states", "residual"], shape.hidden_size
+        )
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        residual: Residual
+        if get_pp_group().is_first_rank:
+            hidden_states = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+            residual = None
+        else:
+            assert intermediate_tensors is not None
+            hidden_states, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
+        for layer in self.layers[self.start_layer : self.end_layer]:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        if not get_pp_group().is_last_rank:
+            return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
+        hidden_states, _ = self.final_layernorm(hidden_states, residual)
+        return hidden_states
+
+
+class BambaForCausalLM(
+    nn.Module, HasInnerState, IsHybrid, SupportsLoRA, SupportsPP, SupportsQuant, SupportsMambaPrefixCaching
+):
+    """The language model that vLLM instantiates."""
+
+    packed_modules_mapping = {  # noqa: RUF012  vLLM's interface: fused module -> the checkpoint's, in order
+        fused: [name for name, (into, _) in STACKED.items() if into == fused] for fused in ("qkv_proj", "gate_up_proj")
+    }
+    embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}  # noqa: RUF012
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        self.config = vllm_config.model_config.hf_config
+        self.shape = BambaShape.from_hf(self.config)
+        if vllm_config.lora_config is not None:
+            from vllm_bamba.lora import InProjectionWithLoRA
+
+            register_lora_wrapper(InProjectionWithLoRA)
+        self.model = BambaModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        if get_pp_group().is_last_rank:
+            self.lm_head = ParallelLMHead(
+                self.shape.vocab_size,
+                self.shape.hidden_size,
+                quant_config=vllm_config.quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
+            if self.shape.tie_word_embeddings:
+                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        else:
+            self.lm_head = PPMissingLayer()
+        self.logits_processor = LogitsProcessor(self.shape.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return load_weights(self, self.shape, weights)
+
+    # what vLLM's state manager asks before there is a model
+
+    @classmethod
+    def get_mamba_state_shape_from_config(
+        cls, vllm_config: VllmConfig
+    ) -> tuple[tuple[int, int], tuple[int, int, int]]:
+        shape = BambaShape.from_hf(vllm_config.model_config.hf_config)
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        return state_shapes(shape, ranks, vllm_config.num_speculative_tokens)
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        cache = vllm_config.cache_config
+        return MambaStateDtypeCalculator.mamba2_state_dtype(
+            vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
+        )
+
+    @classmethod
+    def get_mamba_state_copy_func(cls):  # type: ignore[no-untyped-def]
+        return MambaStateCopyFuncCalculator.mamba2_state_copy_func()

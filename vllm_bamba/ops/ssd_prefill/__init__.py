@@ -1,0 +1,54 @@
+"""The state-space recurrence over packed prefills (SSD, arXiv:2405.21060; equations in ../README.md)."""
+
+import torch
+from vllm.platforms import current_platform
+
+from vllm_bamba.state import PrefillPlan
+
+if current_platform.is_cpu():
+    from vllm_bamba.ops.ssd_prefill.cpu import scan, warm_up
+else:
+    from vllm_bamba.ops.ssd_prefill.kernels import scan, warm_up
+
+__all__ = ["ssd_prefill", "warm_up"]
+
+
+def ssd_prefill(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor,
+    dt_limit: tuple[float, float],
+    ssm_state: torch.Tensor,
+    plan: PrefillPlan,
+    out: torch.Tensor,
+) -> None:
+    """Run each sequence from its slot's state (or zero), write y to `out` and the last state to the slot.
+
+    Args:
+        x: [tokens, heads, head_dim].
+        dt: [tokens, heads], before bias, softplus and clamp to `dt_limit`.
+        A, D, dt_bias: [heads]; A in fp32 and negative.
+        B, C: [tokens, groups, state].
+        ssm_state: [slots, heads, head_dim, state], read where `plan.continues`, written in place.
+        plan: the batch's prefills.
+        out: [tokens, heads, head_dim], contiguous.
+    """
+    tokens, heads, head_dim = x.shape
+    if (
+        tokens != plan.num_tokens
+        or dt.shape != (tokens, heads)
+        or out.shape != x.shape
+        or ssm_state.shape[1:] != (heads, head_dim, B.shape[-1])
+    ):
+        raise ValueError(
+            f"x {tuple(x.shape)}, dt {tuple(dt.shape)}, B {tuple(B.shape)}, out {tuple(out.shape)} and ssm_state "
+            f"{tuple(ssm_state.shape)} do not fit each other and {plan.num_tokens} tokens"
+        )
+    initial = None
+    if plan.any_continues:
+        initial = torch.where(plan.continues[:, None, None, None], ssm_state[plan.slots], 0)
+    ssm_state[plan.slots] = scan(x, dt, A, B, C, D, dt_bias, dt_limit, initial, plan, out, ssm_state.dtype)

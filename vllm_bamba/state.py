@@ -1,0 +1,117 @@
+"""What one sequence keeps between steps, and where a batch's sequences keep it.
+
+A *slot* is one row of the layer's two state tensors: the last inputs of the convolution and the SSM state. vLLM hands
+out slots (it calls them blocks; block 0 is padding) and describes each batch; `plan_batch` turns that description into
+at most one decode plan and one prefill plan, whose fields are always there.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_bamba.compat import Mamba2AttentionMetadata, is_conv_state_dim_first
+from vllm_bamba.config import BambaShape
+from vllm_bamba.sharding import MixerShard
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """One token (with speculation: a few) for each of a number of sequences that have a state.
+
+    Attributes:
+        num_tokens: tokens, the first of the batch.
+        slots: int32 [sequences, 1 + draft tokens]; 0 where a CUDA graph pads the batch.
+        query_start_loc: int32 [sequences + 1] with speculation, else None (one token a sequence).
+        accepted: int32 [sequences], tokens of the last step that were accepted; None without speculation.
+    """
+
+    num_tokens: int
+    slots: torch.Tensor
+    query_start_loc: torch.Tensor | None
+    accepted: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """A run of tokens for each of a number of sequences, packed one after the other.
+
+    Attributes:
+        num_tokens: tokens, the last of the batch.
+        slots: int32 [sequences].
+        query_start_loc: int32 [sequences + 1], token offsets.
+        continues: bool [sequences], whether the slot holds the state of earlier tokens.
+        any_continues: `continues.any()`, known without asking the device.
+        chunk_size: tokens of an SSD chunk.
+        chunk_start_loc: int32 [chunks + 1], token offsets; no chunk crosses sequences.
+        chunk_sequence: int32 [chunks].
+        last_chunk: int32 [sequences], the chunk that ends each sequence.
+        conv_metadata: what vLLM's Triton convolution wants to know of the launch.
+    """
+
+    num_tokens: int
+    slots: torch.Tensor
+    query_start_loc: torch.Tensor
+    continues: torch.Tensor
+    any_continues: bool
+    chunk_size: int
+    chunk_start_loc: torch.Tensor
+    chunk_sequence: torch.Tensor
+    last_chunk: torch.Tensor
+    conv_metadata: object
+
+
+def plan_batch(metadata: Mamba2AttentionMetadata) -> tuple[DecodePlan | None, PrefillPlan | None]:
+    """The batch's decode tokens, which come first, and its prefill tokens."""
+    decode = prefill = None
+    if metadata.num_decodes > 0:
+        decode = DecodePlan(
+            num_tokens=metadata.num_decode_tokens,
+            slots=metadata.state_indices_tensor_d,
+            query_start_loc=metadata.query_start_loc_d,
+            accepted=metadata.num_accepted_tokens,
+        )
+    if metadata.num_prefills > 0:
+        prefill = PrefillPlan(
+            num_tokens=metadata.num_prefill_tokens,
+            slots=metadata.state_indices_tensor_p,
+            query_start_loc=metadata.query_start_loc_p,
+            continues=metadata.has_initial_states_p,
+            any_continues=metadata.prep_initial_states,
+            chunk_size=metadata.chunk_size,
+            chunk_start_loc=metadata.cu_chunk_seqlen_p,
+            chunk_sequence=metadata.seq_idx_p,
+            last_chunk=metadata.last_chunk_indices_p,
+            conv_metadata=metadata,
+        )
+    return decode, prefill
+
+
+def state_shapes(
+    shape: BambaShape, tensor_parallel: int, draft_tokens: int
+) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    """Shapes of one slot on one rank: convolution inputs, and SSM state [heads, head_dim, state].
+
+    The convolution's is [channels, inputs] or, by vLLM's default, [inputs, channels]; with speculation it keeps
+    `draft_tokens` more inputs, so that rejected ones can be taken back.
+    """
+    shard = mixer_shard(shape, tensor_parallel)
+    conv = (shard.local_conv_channels, shape.conv_width - 1 + draft_tokens)
+    ssm = (shard.local_heads, shape.mamba_head_dim, shape.mamba_state)
+    return conv if is_conv_state_dim_first() else (conv[1], conv[0]), ssm
+
+
+def mixer_shard(shape: BambaShape, tensor_parallel: int, rank: int = 0) -> MixerShard:
+    """The part of `shape`'s mixers that one rank holds."""
+    return MixerShard(
+        heads=shape.mamba_heads,
+        head_dim=shape.mamba_head_dim,
+        groups=shape.mamba_groups,
+        state=shape.mamba_state,
+        size=tensor_parallel,
+        rank=rank,
+    )
+
+
+def channels_first(conv_state: torch.Tensor) -> torch.Tensor:
+    """View [slots, channels, inputs] of the convolution's state, however vLLM lays it out."""
+    return conv_state if is_conv_state_dim_first() else conv_state.transpose(-1, -2)

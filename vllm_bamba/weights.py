@@ -1,0 +1,205 @@
+"""From a checkpoint's names to the model's parameters, with nothing missing and nothing left over."""
+
+import json
+import pathlib
+import struct
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader, maybe_remap_kv_scale_name
+from vllm.model_executor.models.utils import is_pp_missing_parameter
+
+from vllm_bamba.config import BambaShape
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+# checkpoint module -> fused module, and its place there
+STACKED: dict[str, tuple[str, str | int]] = {
+    "q_proj": ("qkv_proj", "q"),
+    "k_proj": ("qkv_proj", "k"),
+    "v_proj": ("qkv_proj", "v"),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
+RENAMED = {"A_log": "A"}  # the parameter holds -exp(A_log)
+OPTIONAL = ("k_scale", "v_scale", "q_scale", "prob_scale")  # KV-cache scales have defaults
+
+# mamba_ssm's own names of modules, as Transformers' conversion script reads them
+ORIGINAL_TOP = {"backbone": "model", "embedding": "embed_tokens", "norm_f": "final_layernorm"}
+ORIGINAL_IN_LAYER = {"norm": "input_layernorm", "norm2": "pre_ff_layernorm", "mlp": "feed_forward", "fc2": "down_proj"}
+
+
+def load_weights(model: nn.Module, shape: BambaShape, weights: Weights) -> set[str]:
+    """Load `weights` into this rank's part of `model`.
+
+    Returns:
+        Names of the parameters that were loaded.
+
+    Raises:
+        ValueError: a tensor does not fit its parameter, is left over, or is missing; the message lists the names.
+    """
+    parameters = dict(model.named_parameters())
+    loaded: set[tuple[str, str | int | None]] = set()
+    left_over = []
+    for name, tensor in current_names(weights, shape):
+        if _belongs_elsewhere(model, shape, name):
+            continue
+        target, place = _target(name, parameters)
+        if target not in parameters:
+            left_over.append(name)
+            continue
+        _load(name, parameters[target], place, tensor)
+        loaded.add((target, place))
+
+    missing = [
+        _checkpoint_name(name, place)
+        for name in parameters
+        for place in _places(name)
+        if (name, place) not in loaded and not name.endswith(OPTIONAL)
+    ]
+    if missing or left_over:
+        raise ValueError(_mismatch(sorted(missing), sorted(left_over)))
+    return {target for target, _ in loaded}
+
+
+def current_names(weights: Weights, shape: BambaShape) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass Transformers' names through; give mamba_ssm's original names, and their stacked tensors, Transformers'."""
+    for name, tensor in weights:
+        parts = name.split(".")
+        if parts[0] != "backbone":
+            yield name, tensor
+            continue
+        top = [ORIGINAL_TOP.get(part, part) for part in parts[:2]]
+        if parts[1] != "layers":
+            yield ".".join(top + parts[2:]), tensor
+            continue
+        layer = [*top, parts[2]]
+        module, *rest = parts[3:]
+        if module == "mixer" and int(parts[2]) in shape.attention_layers:
+            yield from _original_attention(layer, rest, tensor, shape)
+        elif module == "mixer":
+            yield ".".join([*layer, "mamba", *rest]), tensor
+        elif rest[0] == "fc1":  # up over gate
+            for half, part in zip(("up_proj", "gate_proj"), tensor.chunk(2), strict=True):
+                yield ".".join([*layer, "feed_forward", half, *rest[1:]]), part
+        else:
+            yield ".".join([*layer, *(ORIGINAL_IN_LAYER.get(part, part) for part in (module, *rest))]), tensor
+
+
+def _original_attention(
+    layer: list[str], rest: list[str], tensor: torch.Tensor, shape: BambaShape
+) -> Iterator[tuple[str, torch.Tensor]]:
+    if rest[0] == "in_proj":  # q over k over v
+        queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+        for module, part in zip(("q_proj", "k_proj", "v_proj"), tensor.split([queries, keys, keys]), strict=True):
+            yield ".".join([*layer, "self_attn", module, *rest[1:]]), part
+    else:
+        module = "o_proj" if rest[0] == "out_proj" else rest[0]
+        yield ".".join([*layer, "self_attn", module, *rest[1:]]), tensor
+
+
+def _belongs_elsewhere(model: nn.Module, shape: BambaShape, name: str) -> bool:
+    """Other pipeline stages' weights, the tied head's copy, and rotary tables that old checkpoints carry."""
+    return (
+        is_pp_missing_parameter(name, model)
+        or (shape.tie_word_embeddings and name.startswith("lm_head."))
+        or name.endswith("rotary_emb.inv_freq")
+    )
+
+
+def _target(name: str, parameters: dict[str, nn.Parameter]) -> tuple[str, str | int | None]:
+    """The parameter that takes a checkpoint tensor, and the place in it if it is fused."""
+    if name.endswith("_scale"):
+        kv_scale = maybe_remap_kv_scale_name(name, parameters)
+        if kv_scale is not None and kv_scale != name:
+            return kv_scale, None
+    parts = name.split(".")
+    parts[-1] = RENAMED.get(parts[-1], parts[-1])
+    if len(parts) > 1 and parts[-2] in STACKED:
+        parts[-2], place = STACKED[parts[-2]]
+        return ".".join(parts), place
+    return ".".join(parts), None
+
+
+def _places(parameter_name: str) -> list[str | int | None]:
+    """The places of a parameter that the checkpoint fills one by one; [None] if it is not fused."""
+    parts = parameter_name.split(".")
+    fused = parts[-2] if len(parts) > 1 else ""
+    return [place for into, place in STACKED.values() if into == fused] or [None]
+
+
+def _checkpoint_name(parameter_name: str, place: str | int | None) -> str:
+    """The inverse of `_target`, for messages."""
+    parts = parameter_name.split(".")
+    for old, new in RENAMED.items():
+        parts[-1] = old if parts[-1] == new else parts[-1]
+    for module, into in STACKED.items():
+        if len(parts) > 1 and into == (parts[-2], place):
+            parts[-2] = module
+            break
+    return ".".join(parts)
+
+
+def _load(name: str, parameter: nn.Parameter, place: str | int | None, tensor: torch.Tensor) -> None:
+    loader = getattr(parameter, "weight_loader", default_weight_loader)
+    try:
+        if place is None:
+            loader(parameter, tensor)
+        else:
+            loader(parameter, tensor, place)
+    except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"checkpoint tensor {name} of shape {tuple(tensor.shape)} does not fit the model that config.json "
+            f"describes (on this rank, a parameter of shape {tuple(parameter.shape)}): {error}"
+        ) from error
+
+
+def _mismatch(missing: list[str], left_over: list[str]) -> str:
+    lines = ["the checkpoint does not match the model that its config.json describes."]
+    if missing:
+        lines.append(f"Missing {len(missing)}: {_some(missing)}. Is every shard of the checkpoint there?")
+    if left_over:
+        lines.append(f"Left over {len(left_over)}: {_some(left_over)}.")
+    return " ".join(lines)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def check_files(model: str, load_format: str) -> None:
+    """Before anything is loaded, check that a local folder's safetensors are all there and whole.
+
+    Raises:
+        ValueError: a shard that the index names is missing, or a file is shorter than its header says.
+    """
+    folder = pathlib.Path(model)
+    if load_format not in ("auto", "safetensors") or not folder.is_dir():
+        return  # the hub's client checks what it downloads
+    files = set(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        absent = sorted(name for name in named if not (folder / name).is_file())
+        if absent:
+            raise ValueError(f"{index.name} in {folder} names files that are missing: {_some(absent)}. Fetch them.")
+        files = {folder / name for name in named}
+    for file in sorted(files):
+        expected, actual = _safetensors_bytes(file), file.stat().st_size
+        if actual != expected:
+            raise ValueError(f"{file} holds {actual} bytes but its header speaks of {expected}: fetch it again.")
+
+
+def _safetensors_bytes(file: pathlib.Path) -> int:
+    """Bytes that a safetensors file has by its own header: 8, the header, and the last tensor's end."""
+    with file.open("rb") as f:
+        prefix = f.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        header = f.read(length) if 0 < length <= file.stat().st_size else b""
+    try:
+        tensors = json.loads(header)
+    except ValueError:
+        raise ValueError(f"{file} is not a whole safetensors file: its header cannot be read. Fetch it again.") from None
+    ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+    return 8 + length + max(ends, default=0)

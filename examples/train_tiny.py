@@ -257,7 +257,8 @@ def main() -> None:
         optimizer,
         lambda step: min((step + 1) / warm_up, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / args.steps))),
     )
-    order, queue, start = random.Random(args.seed), [], time.perf_counter()
+    order, start = random.Random(args.seed), time.perf_counter()
+    queue: list[list[dict[str, list[int]]]] = []
     for step in range(1, args.steps + 1):
         queue = queue or packed_batches(pieces, order)
         inputs = {k: v.to(device) for k, v in collate(queue.pop()).items()}

@@ -3,14 +3,21 @@
 Imports of vLLM's documented building blocks (`Attention`, the linear layers, `RMSNorm`, `MambaBase`, ...) stand in the
 modules that use them; what a model outside vLLM's tree would not normally touch stands here.
 
-| touch | why | seen in | goes when |
-|---|---|---|---|
-| `MODELS_CONFIG_MAP` (in `register`) | checks before weights are loaded | 0.32, 0.33 | vLLM has a public hook |
-| op `vllm::mamba_mixer2` | opaque to torch.compile, splits CUDA graphs; calls `conv_ssm_forward` | 0.32, 0.33 | plugins can register splitting ops |
-| `Mamba2AttentionMetadata` | slots and chunks of the batch | 0.32, 0.33 | the plugin has a metadata builder of its own |
-| `vllm...layers.mamba.ops.*` | the operators underneath | 0.32, 0.33 | each op has a kernel of its own |
-| `supported_kv_cache_layouts` | pipeline stages without attention must agree with the others | 0.32, 0.33 | vLLM intersects the workers' lists |
-| `lora.utils._all_lora_classes` | adapters of `in_proj` where B and C are copied to several ranks | 0.32, 0.33 | vLLM asks layers for their wrapper |
+All were seen in 0.32 and 0.33.
+
+`MODELS_CONFIG_MAP` (in `register`)
+    Checks before weights are loaded. Goes when vLLM has a public hook.
+operator `vllm::mamba_mixer2`
+    Opaque to torch.compile and a place where CUDA graphs are cut; calls the layer's `conv_ssm_forward`. Goes when
+    plugins can add operators to the list of those places.
+`Mamba2AttentionMetadata`
+    Slots and chunks of the batch. Goes when the plugin has a metadata builder of its own.
+`vllm.model_executor.layers.mamba.ops`
+    The operators underneath ours. Goes operator by operator, as each gets a kernel of its own.
+`supported_kv_cache_layouts`
+    Pipeline stages without attention must agree with the others. Goes when vLLM intersects the workers' lists.
+`vllm.lora.utils._all_lora_classes`
+    Adapters of `in_proj` where B and C are copied to several ranks. Goes when vLLM asks layers for their wrapper.
 """
 
 from __future__ import annotations

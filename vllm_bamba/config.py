@@ -75,7 +75,9 @@ class BambaShape:
             )
         heads = _positive(config, "num_attention_heads")
         hidden_size = _positive(config, "hidden_size")
-        head_dim = getattr(config, "head_dim", None) or _divide(hidden_size, "hidden_size", heads, "num_attention_heads")
+        head_dim = getattr(config, "head_dim", None) or _divide(
+            hidden_size, "hidden_size", heads, "num_attention_heads"
+        )
         rope_parameters = dict(config.rope_parameters or {})
         shape = cls(
             vocab_size=_positive(config, "vocab_size"),

@@ -176,7 +176,9 @@ class BambaMixer(nn.Module, MambaBase):
         xBC, dt = self._split(projected)
         xBC = causal_conv1d_step(xBC, self.conv1d.weight, self.conv1d.bias, conv_state, plan)
         x, B, C = self._heads(xBC)
-        ssm_step(x, dt, self.A, B, C, self.D, self.dt_bias, self.shape.time_step_limit, ssm_state, plan, self._y(output))
+        ssm_step(
+            x, dt, self.A, B, C, self.D, self.dt_bias, self.shape.time_step_limit, ssm_state, plan, self._y(output)
+        )
 
     def _prefill(self, projected: torch.Tensor, plan: PrefillPlan, output: torch.Tensor) -> None:
         conv_state, ssm_state = channels_first(self.kv_cache[0]), self.kv_cache[1]

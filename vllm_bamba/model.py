@@ -4,6 +4,7 @@ Module paths are the checkpoint's own, so that quantisation ignore lists and LoR
 """
 
 from collections.abc import Iterable
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ from vllm_bamba.mixer import BambaMixer
 from vllm_bamba.state import state_shapes
 from vllm_bamba.weights import STACKED, load_weights
 
-Residual = torch.Tensor | None
+Residual: TypeAlias = torch.Tensor | None
 
 
 class BambaMLP(nn.Module):
@@ -275,9 +276,7 @@ class BambaForCausalLM(
     # what vLLM's state manager asks before there is a model
 
     @classmethod
-    def get_mamba_state_shape_from_config(
-        cls, vllm_config: VllmConfig
-    ) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, int], tuple[int, int, int]]:
         shape = BambaShape.from_hf(vllm_config.model_config.hf_config)
         ranks = vllm_config.parallel_config.tensor_parallel_size
         return state_shapes(shape, ranks, vllm_config.num_speculative_tokens)

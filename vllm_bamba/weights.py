@@ -200,6 +200,8 @@ def _safetensors_bytes(file: pathlib.Path) -> int:
     try:
         tensors = json.loads(header)
     except ValueError:
-        raise ValueError(f"{file} is not a whole safetensors file: its header cannot be read. Fetch it again.") from None
+        raise ValueError(
+            f"{file} is not a whole safetensors file: its header cannot be read. Fetch it again."
+        ) from None
     ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
     return 8 + length + max(ends, default=0)

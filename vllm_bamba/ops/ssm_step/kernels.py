@@ -20,8 +20,7 @@ def step(
     plan: DecodePlan,
     out: torch.Tensor,
 ) -> None:
-    _, heads, head_dim = x.shape
-    per_channel = (-1, head_dim)
+    per_channel = (-1, x.shape[2])
     selective_state_update(
         ssm_state,
         x,

@@ -1,0 +1,102 @@
+"""`vllm serve` with no flag but the address: what a user types, over HTTP, with the embedded checkpoint."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+import requests
+from parity import Reference
+
+pytestmark = pytest.mark.multiprocess
+
+PROMPT = "Return a new list containing"
+
+
+@pytest.fixture(scope="module")
+def server(tiny):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.cli.main",
+        "serve",
+        tiny,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            for _ in range(300):
+                if process.poll() is not None:
+                    break
+                try:
+                    requests.get(f"{url}/health", timeout=2).raise_for_status()
+                    break
+                except requests.RequestException:
+                    time.sleep(1)
+            else:
+                process.kill()
+            if process.poll() is not None:
+                log.seek(0)
+                pytest.fail(f"the server did not start:\n{log.read()[-4000:]}")
+            yield url
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def complete(url: str, prompt: object, **request: object) -> requests.Response:
+    body = {"prompt": prompt, "temperature": 0.0, "max_tokens": 24} | request
+    return requests.post(f"{url}/v1/completions", json=body, timeout=120)
+
+
+def test_greedy_completion_is_transformers_own(server, tiny):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    answer = complete(server, PROMPT, logprobs=0, return_tokens_as_token_ids=True).json()["choices"][0]
+    generated = [int(token.removeprefix("token_id:")) for token in answer["logprobs"]["tokens"]]
+    prompt = tokenizer(PROMPT)["input_ids"]
+    logprobs = Reference(tiny).logprobs(prompt + generated)
+    # the server runs in the checkpoint's bf16: its choice is fp32's best, or all but
+    for step, token in enumerate(generated):
+        choices = logprobs[len(prompt) - 1 + step]
+        assert choices.max() - choices[token] < 0.1
+
+
+def test_repeated_prompt_is_served_from_the_prefix_cache_with_the_same_answer(server):
+    prompt = PROMPT + " the items of the sequence in reverse order." * 150
+    first, second = (complete(server, prompt).json() for _ in range(2))
+    assert first["choices"][0]["text"] == second["choices"][0]["text"]
+    metrics = requests.get(f"{server}/metrics", timeout=10).text
+    hits = sum(
+        float(line.rsplit(" ", 1)[1])
+        for line in metrics.splitlines()
+        if line.startswith("vllm:prefix_cache_hits_total")
+    )
+    assert hits > 0
+
+
+def test_chat_follows_the_checkpoints_template(server):
+    body = {"messages": [{"role": "user", "content": "What is a list?"}], "max_tokens": 8, "temperature": 0.0}
+    answer = requests.post(f"{server}/v1/chat/completions", json=body, timeout=120)
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["completion_tokens"] == 8
+
+
+def test_prompt_beyond_the_context_is_a_client_error_and_the_server_lives(server):
+    answer = complete(server, [5] * 9000)
+    assert answer.status_code == 400
+    assert "maximum context length is 8192 tokens" in answer.json()["error"]["message"]
+    assert complete(server, PROMPT).status_code == 200

@@ -37,7 +37,7 @@ def check_vllm(version: str | None) -> None:
         )
     oldest = ".".join(map(str, OLDEST_VLLM))
     release = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if len(release) == 2 and release < OLDEST_VLLM and not version.startswith("0.0"):
+    if (0, 1) < release < OLDEST_VLLM:  # 0.0 and 0.1 are what builds from a source without tags call themselves
         raise ImportError(
             f"vllm_bamba needs vLLM {oldest} or later and found {version}. Upgrade with pip install -U "
             f"'vllm>={oldest}', or go without this plugin: pip uninstall vllm-bamba."
@@ -52,7 +52,7 @@ def check_vllm(version: str | None) -> None:
 
 
 def register() -> None:
-    """Tell vLLM of Bamba: names only, nothing is imported until a Bamba model is asked for.
+    """Tell vLLM of Bamba: the model by name, to be imported when one is asked for, and its configuration check.
 
     Safe to call any number of times and in every process.
     """

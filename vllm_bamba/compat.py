@@ -46,6 +46,7 @@ __all__ = [
     "MambaStateCopyFuncCalculator",
     "MambaStateDtypeCalculator",
     "check_options",
+    "choose_state_dtype",
     "is_conv_state_dim_first",
     "mix_opaquely",
     "register_lora_wrapper",
@@ -62,6 +63,19 @@ def check_options(vllm_config: VllmConfig) -> None:
             "speculative decoding of Bamba needs a GPU: vLLM's CPU convolution cannot take rejected tokens back. "
             "Leave --speculative-config out."
         )
+    lora = vllm_config.lora_config
+    if lora is not None and lora.fully_sharded_loras and vllm_config.parallel_config.tensor_parallel_size > 1:
+        raise ValueError("--fully-sharded-loras does not work with Bamba's in_proj; leave it out.")
+
+
+def choose_state_dtype(vllm_config: VllmConfig) -> None:
+    """Keep the SSM state in fp32 on CPUs, unless the user chose: vLLM's C++ step cuts bf16 states off towards zero.
+
+    The error of a slow-decay head then grows with every token, where rounding would let it average out. Seen in 0.32;
+    goes when the C++ step rounds.
+    """
+    if current_platform.is_cpu() and vllm_config.cache_config.mamba_ssm_cache_dtype == "auto":
+        vllm_config.cache_config.mamba_ssm_cache_dtype = "float32"
 
 
 def mix_opaquely(projected: torch.Tensor, mixed: torch.Tensor, layer_name: str) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 NO_TIME_STEP_LIMIT = (0.0, math.inf)
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,9 @@ class BambaShape:
             num_layers=_positive(config, "num_hidden_layers"),
             attention_layers=frozenset(config.attn_layer_indices or ()),
             num_attention_heads=heads,
-            num_key_value_heads=config.num_key_value_heads or heads,
+            num_key_value_heads=heads
+            if config.num_key_value_heads is None
+            else _positive(config, "num_key_value_heads"),
             head_dim=head_dim,
             rotary_dim=_rotary_dim(config, head_dim, rope_parameters),
             rope_parameters=rope_parameters,
@@ -132,9 +135,14 @@ class BambaShape:
             raise ValueError(f"mamba_d_conv = {self.conv_width}: convolutions of width 2, 3 and 4 are supported.")
         if self.chunk_size & (self.chunk_size - 1):
             raise ValueError(f"mamba_chunk_size = {self.chunk_size} is not a power of two.")
-        low, high = self.time_step_limit
-        if not 0 <= low < high:
-            raise ValueError(f"time_step_limit = {self.time_step_limit}: expected 0 <= low < high.")
+        if len(self.time_step_limit) != 2 or not 0 <= self.time_step_limit[0] < self.time_step_limit[1]:
+            raise ValueError(f"time_step_limit = {self.time_step_limit}: expected (low, high), 0 <= low < high.")
+        rope_type = self.rope_parameters.get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(
+                f"rope_parameters.rope_type = {rope_type!r}: supported are {', '.join(ROPE_TYPES)}; vLLM and "
+                "Transformers differ in others."
+            )
 
 
 def _positive(config: Any, field: str) -> int:
@@ -178,7 +186,7 @@ class BambaServingConfig(VerifyAndUpdateConfig):
         Raises:
             ValueError: naming the field or flag and what to do about it.
         """
-        from vllm_bamba.compat import check_options
+        from vllm_bamba.compat import check_options, choose_state_dtype
         from vllm_bamba.weights import check_files
 
         shape = BambaShape.from_hf(vllm_config.model_config.hf_config)
@@ -188,6 +196,8 @@ class BambaServingConfig(VerifyAndUpdateConfig):
             mamba_groups=shape.mamba_groups,
             attention_heads=shape.num_attention_heads,
             key_value_heads=shape.num_key_value_heads,
+            intermediate_size=shape.intermediate_size,
         )
         check_options(vllm_config)
+        choose_state_dtype(vllm_config)
         check_files(vllm_config.model_config.model, vllm_config.load_config.load_format)

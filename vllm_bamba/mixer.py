@@ -65,7 +65,9 @@ class InProjection(MergedColumnParallelLinear):
             dim: that dimension.
         """
         sources = self.shard.in_proj_sources
-        factor = max(1, sources[-1].stop // loaded.shape[dim])
+        factor, rest = divmod(sources[-1].stop, loaded.shape[dim])
+        if rest or not factor:
+            raise ValueError(f"in_proj has {sources[-1].stop} rows, which {loaded.shape[dim]} do not stand for")
         rows = scaled(sources, factor)
         return torch.cat([loaded.narrow(dim, r.start, len(r)) for r in rows], dim)
 
@@ -158,11 +160,12 @@ class BambaMixer(nn.Module, MambaBase):
         padded batch, rows that nobody reads.
         """
         batch = get_forward_context().attn_metadata
-        if batch is None:  # vLLM's memory profiling: no states yet
+        metadata = batch.get(self.prefix) if batch is not None else None
+        if metadata is None:  # vLLM's memory profiling: no states yet
             self._warm_up(projected_states)
             output.zero_()
             return
-        decode, prefill = plan_batch(batch[self.prefix])
+        decode, prefill = plan_batch(metadata)
         start = 0
         if decode is not None:
             start = decode.num_tokens

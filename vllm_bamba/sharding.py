@@ -10,30 +10,37 @@ from dataclasses import dataclass
 
 
 def check_tensor_parallel(
-    size: int, *, mamba_heads: int, mamba_groups: int, attention_heads: int, key_value_heads: int
+    size: int,
+    *,
+    mamba_heads: int,
+    mamba_groups: int,
+    attention_heads: int,
+    key_value_heads: int,
+    intermediate_size: int,
 ) -> None:
-    """Raise ValueError, naming the config field, if heads or groups cannot be dealt out to `size` ranks."""
-    for field, heads in (("mamba_n_heads", mamba_heads), ("num_attention_heads", attention_heads)):
-        if heads % size:
-            raise ValueError(
-                f"tensor_parallel_size = {size} does not divide {field} = {heads}. "
-                f"Possible sizes: {_common_sizes(mamba_heads, mamba_groups, attention_heads, key_value_heads)}."
-            )
-    for field, count in (("mamba_n_groups", mamba_groups), ("num_key_value_heads", key_value_heads)):
-        if count % size and size % count:
-            raise ValueError(
-                f"tensor_parallel_size = {size} neither divides {field} = {count} nor is a multiple of it. "
-                f"Possible sizes: {_common_sizes(mamba_heads, mamba_groups, attention_heads, key_value_heads)}."
-            )
+    """Raise ValueError, naming the config field, if a model cannot be dealt out to `size` ranks."""
+    dealt = {
+        "mamba_n_heads": mamba_heads,
+        "num_attention_heads": attention_heads,
+        "intermediate_size": intermediate_size,
+    }
+    dealt_or_copied = {"mamba_n_groups": mamba_groups, "num_key_value_heads": key_value_heads}
 
+    def fits(size: int) -> bool:
+        return all(count % size == 0 for count in dealt.values()) and all(
+            count % size == 0 or size % count == 0 for count in dealt_or_copied.values()
+        )
 
-def _common_sizes(mamba_heads: int, mamba_groups: int, attention_heads: int, key_value_heads: int) -> list[int]:
-    return [
-        size
-        for size in range(1, min(mamba_heads, attention_heads) + 1)
-        if mamba_heads % size == attention_heads % size == 0
-        and all(count % size == 0 or size % count == 0 for count in (mamba_groups, key_value_heads))
+    if fits(size):
+        return
+    reasons = [f"does not divide {field} = {count}" for field, count in dealt.items() if count % size]
+    reasons += [
+        f"neither divides {field} = {count} nor is a multiple of it"
+        for field, count in dealt_or_copied.items()
+        if count % size and size % count
     ]
+    possible = [s for s in range(1, min(dealt.values()) + 1) if fits(s)]
+    raise ValueError(f"tensor_parallel_size = {size} {', '.join(reasons)}. Possible sizes: {possible}.")
 
 
 @dataclass(frozen=True)

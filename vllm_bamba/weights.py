@@ -23,7 +23,7 @@ STACKED: dict[str, tuple[str, str | int]] = {
     "up_proj": ("gate_up_proj", 1),
 }
 RENAMED = {"A_log": "A"}  # the parameter holds -exp(A_log)
-OPTIONAL = ("k_scale", "v_scale", "q_scale", "prob_scale")  # KV-cache scales have defaults
+OPTIONAL = (".k_scale", ".v_scale", ".q_scale", ".prob_scale")  # KV-cache scales have defaults
 
 # mamba_ssm's own names of modules, as Transformers' conversion script reads them
 ORIGINAL_TOP = {"backbone": "model", "embedding": "embed_tokens", "norm_f": "final_layernorm"}
@@ -40,12 +40,17 @@ def load_weights(model: nn.Module, shape: BambaShape, weights: Weights) -> set[s
         ValueError: a tensor does not fit its parameter, is left over, or is missing; the message lists the names.
     """
     parameters = dict(model.named_parameters())
+    shapes = checkpoint_shapes(shape)
     loaded: set[tuple[str, str | int | None]] = set()
     left_over = []
     for name, tensor in current_names(weights, shape):
         if _belongs_elsewhere(model, shape, name):
             continue
+        if tensor.is_floating_point() and tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)):
+            raise ValueError(_misfit(name, tensor, f"expected {shapes[name]}"))
         target, place = _target(name, parameters)
+        if target is None:
+            continue
         if target not in parameters:
             left_over.append(name)
             continue
@@ -61,6 +66,44 @@ def load_weights(model: nn.Module, shape: BambaShape, weights: Weights) -> set[s
     if missing or left_over:
         raise ValueError(_mismatch(sorted(missing), sorted(left_over)))
     return {target for target, _ in loaded}
+
+
+def checkpoint_shapes(shape: BambaShape) -> dict[str, tuple[int, ...]]:
+    """Every tensor of an unquantised checkpoint, in Transformers' names."""
+    hidden, inner, conv = shape.hidden_size, shape.mamba_intermediate, shape.conv_channels
+    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (shape.vocab_size, hidden),
+        "model.final_layernorm.weight": (hidden,),
+        "lm_head.weight": (shape.vocab_size, hidden),
+    }
+
+    def linear(name: str, rows: int, columns: int, bias: bool) -> None:
+        shapes[f"{name}.weight"] = (rows, columns)
+        if bias:
+            shapes[f"{name}.bias"] = (rows,)
+
+    for index in range(shape.num_layers):
+        layer = f"model.layers.{index}"
+        shapes[f"{layer}.input_layernorm.weight"] = shapes[f"{layer}.pre_ff_layernorm.weight"] = (hidden,)
+        linear(f"{layer}.feed_forward.gate_proj", shape.intermediate_size, hidden, shape.mlp_bias)
+        linear(f"{layer}.feed_forward.up_proj", shape.intermediate_size, hidden, shape.mlp_bias)
+        linear(f"{layer}.feed_forward.down_proj", hidden, shape.intermediate_size, shape.mlp_bias)
+        if index in shape.attention_layers:
+            linear(f"{layer}.self_attn.q_proj", queries, hidden, shape.attention_bias)
+            linear(f"{layer}.self_attn.k_proj", keys, hidden, shape.attention_bias)
+            linear(f"{layer}.self_attn.v_proj", keys, hidden, shape.attention_bias)
+            linear(f"{layer}.self_attn.o_proj", hidden, queries, shape.attention_bias)
+            continue
+        linear(f"{layer}.mamba.in_proj", inner + conv + shape.mamba_heads, hidden, shape.mamba_proj_bias)
+        linear(f"{layer}.mamba.out_proj", hidden, inner, shape.mamba_proj_bias)
+        shapes[f"{layer}.mamba.conv1d.weight"] = (conv, 1, shape.conv_width)
+        if shape.mamba_conv_bias:
+            shapes[f"{layer}.mamba.conv1d.bias"] = (conv,)
+        shapes[f"{layer}.mamba.norm.weight"] = (inner,)
+        for name in ("A_log", "D", "dt_bias"):
+            shapes[f"{layer}.mamba.{name}"] = (shape.mamba_heads,)
+    return shapes
 
 
 def current_names(weights: Weights, shape: BambaShape) -> Iterator[tuple[str, torch.Tensor]]:
@@ -108,11 +151,14 @@ def _belongs_elsewhere(model: nn.Module, shape: BambaShape, name: str) -> bool:
     )
 
 
-def _target(name: str, parameters: dict[str, nn.Parameter]) -> tuple[str, str | int | None]:
-    """The parameter that takes a checkpoint tensor, and the place in it if it is fused."""
-    if name.endswith("_scale"):
+def _target(name: str, parameters: dict[str, nn.Parameter]) -> tuple[str | None, str | int | None]:
+    """The parameter that takes a checkpoint tensor, and the place in it if it is fused.
+
+    None for the scale of a KV cache that is not quantised here, of which vLLM warns.
+    """
+    if name.endswith(("scale", "zero_point")):
         kv_scale = maybe_remap_kv_scale_name(name, parameters)
-        if kv_scale is not None and kv_scale != name:
+        if kv_scale != name:
             return kv_scale, None
     parts = name.split(".")
     parts[-1] = RENAMED.get(parts[-1], parts[-1])
@@ -149,10 +195,14 @@ def _load(name: str, parameter: nn.Parameter, place: str | int | None, tensor: t
         else:
             loader(parameter, tensor, place)
     except (AssertionError, RuntimeError, ValueError, IndexError) as error:
-        raise ValueError(
-            f"checkpoint tensor {name} of shape {tuple(tensor.shape)} does not fit the model that config.json "
-            f"describes (on this rank, a parameter of shape {tuple(parameter.shape)}): {error}"
-        ) from error
+        raise ValueError(_misfit(name, tensor, str(error) or f"expected part of {tuple(parameter.shape)}")) from error
+
+
+def _misfit(name: str, tensor: torch.Tensor, reason: str) -> str:
+    return (
+        f"checkpoint tensor {name} of shape {tuple(tensor.shape)} does not fit the model that config.json describes: "
+        f"{reason}"
+    )
 
 
 def _mismatch(missing: list[str], left_over: list[str]) -> str:
@@ -176,11 +226,14 @@ def check_files(model: str, load_format: str) -> None:
     """
     folder = pathlib.Path(model)
     if load_format not in ("auto", "safetensors") or not folder.is_dir():
-        return  # the hub's client checks what it downloads
+        return  # what the hub's client downloads, it checks
     files = set(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named = set(json.loads(index.read_text())["weight_map"].values())
+        try:
+            named = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, LookupError, AttributeError, TypeError):
+            raise ValueError(f"{index} is not a whole index of shards: fetch it again.") from None
         absent = sorted(name for name in named if not (folder / name).is_file())
         if absent:
             raise ValueError(f"{index.name} in {folder} names files that are missing: {_some(absent)}. Fetch them.")
@@ -199,9 +252,9 @@ def _safetensors_bytes(file: pathlib.Path) -> int:
         header = f.read(length) if 0 < length <= file.stat().st_size else b""
     try:
         tensors = json.loads(header)
-    except ValueError:
+        ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+        return 8 + length + max(ends, default=0)
+    except (ValueError, LookupError, AttributeError, TypeError):
         raise ValueError(
             f"{file} is not a whole safetensors file: its header cannot be read. Fetch it again."
         ) from None
-    ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
-    return 8 + length + max(ends, default=0)

@@ -39,7 +39,7 @@ def causal_conv1d_step(
 ) -> torch.Tensor:
     """Convolve one token a sequence (with speculation: a few) and shift its slot's inputs.
 
-    Args and result as `causal_conv1d_prefill`; x [rows, channels] may be overwritten.
+    Args and result as `causal_conv1d_prefill`; x [rows, channels] is overwritten on a GPU.
     """
     _check(x, weight, conv_state, plan.num_tokens)
     return step(x, weight, bias, conv_state, plan)

@@ -41,6 +41,9 @@ def ssd_prefill(
     if (
         tokens != plan.num_tokens
         or dt.shape != (tokens, heads)
+        or B.shape != C.shape
+        or heads % B.shape[1]
+        or not A.shape == D.shape == dt_bias.shape == (heads,)
         or out.shape != x.shape
         or ssm_state.shape[1:] != (heads, head_dim, B.shape[-1])
     ):

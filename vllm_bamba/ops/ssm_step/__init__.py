@@ -38,7 +38,15 @@ def ssm_step(
         out: [rows, heads, head_dim].
     """
     rows, heads, head_dim = x.shape
-    if rows != plan.num_tokens or out.shape != x.shape or ssm_state.shape[1:] != (heads, head_dim, B.shape[-1]):
+    if (
+        rows != plan.num_tokens
+        or dt.shape != (rows, heads)
+        or B.shape != C.shape
+        or heads % B.shape[1]
+        or not A.shape == D.shape == dt_bias.shape == (heads,)
+        or out.shape != x.shape
+        or ssm_state.shape[1:] != (heads, head_dim, B.shape[-1])
+    ):
         raise ValueError(
             f"x {tuple(x.shape)}, B {tuple(B.shape)}, out {tuple(out.shape)} and ssm_state {tuple(ssm_state.shape)} "
             f"do not fit each other and {plan.num_tokens} tokens"

@@ -1,0 +1,290 @@
+"""What the config says is honoured or refused by name; Transformers' own classes are the truth."""
+
+import dataclasses
+import math
+import pathlib
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoConfig, BambaConfig
+from transformers.models.bamba import modeling_bamba
+
+from vllm_bamba import compat
+from vllm_bamba.config import NO_TIME_STEP_LIMIT, BambaServingConfig, BambaShape
+
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "attn_layer_indices": [1, 3],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 16,
+    "max_position_embeddings": 1024,
+}
+
+# fields that serving does not read, and why
+IRRELEVANT = {
+    "initializer_range": "of training",
+    "z_loss_coefficient": "of training",
+    "attention_dropout": "of training",
+    "use_cache": "vLLM always keeps states and keys",
+    "num_logits_to_keep": "vLLM asks for the logits that it wants",
+    "pad_token_id": "vLLM packs, it does not pad",
+    "bos_token_id": "the tokenizer's and the generation config's affair",
+    "eos_token_id": "the tokenizer's and the generation config's affair",
+}
+
+# another value of every other field, and what a small model needs so that only this field is at odds with the rest
+CHANGED = {
+    "vocab_size": 640,
+    "tie_word_embeddings": True,
+    "hidden_size": 128,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 4,
+    "hidden_act": "gelu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 77,
+    "attn_layer_indices": [2],
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 8,
+    "mamba_d_conv": 3,
+    "mamba_expand": 4,
+    "mamba_chunk_size": 32,
+    "mamba_conv_bias": False,
+    "mamba_proj_bias": True,
+    "time_step_limit": (0.1, 0.5),
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "attention_bias": True,
+    "mlp_bias": True,
+}
+
+
+def raw(**changes: object) -> SimpleNamespace:
+    """A small Bamba's config as plain attributes, so that nothing but our own checks looks at the changes."""
+    values = dict(vars(BambaConfig(**SMALL))) | {"model_type": "bamba"} | changes
+    return SimpleNamespace(**values)
+
+
+def outcome(**changes: object) -> BambaShape | str:
+    try:
+        return BambaShape.from_hf(raw(**changes))
+    except ValueError as error:
+        return str(error)
+
+
+def own_fields() -> set[str]:
+    """The fields that BambaConfig itself declares."""
+    return {f.name for f in dataclasses.fields(BambaConfig)} & set(BambaConfig.__annotations__)
+
+
+def test_every_field_of_transformers_config_is_read_or_listed_as_irrelevant() -> None:
+    """A field that a new Transformers adds fails here until someone decides what it means."""
+    read = set()
+
+    class Spy:
+        def __init__(self) -> None:
+            self.config = raw()
+
+        def __getattr__(self, name: str) -> object:
+            read.add(name)
+            return getattr(self.config, name)
+
+    BambaShape.from_hf(Spy())
+    assert own_fields() - read == set(IRRELEVANT)
+    assert own_fields() & read == set(CHANGED)
+
+
+@pytest.mark.parametrize("field", CHANGED)
+def test_every_other_field_changes_the_model_or_is_refused_by_name(field: str) -> None:
+    before, after = outcome(), outcome(**{field: CHANGED[field]})
+    assert isinstance(before, BambaShape)
+    assert after != before
+    assert isinstance(after, BambaShape) or field in after
+
+
+def test_defaults_are_transformers() -> None:
+    shape = BambaShape.from_hf(BambaConfig())
+    default = {f.name: f.default for f in dataclasses.fields(BambaConfig)}
+    renamed = {
+        "num_hidden_layers": "num_layers",
+        "mamba_n_heads": "mamba_heads",
+        "mamba_n_groups": "mamba_groups",
+        "mamba_d_state": "mamba_state",
+        "mamba_d_conv": "conv_width",
+        "mamba_chunk_size": "chunk_size",
+    }
+    derived = {"mamba_d_head", "mamba_expand", "hidden_act", "attn_layer_indices", "rope_parameters"}
+    for field in set(CHANGED) - derived:
+        assert getattr(shape, renamed.get(field, field)) == default[field], field
+    assert shape.attention_layers == frozenset()
+    assert shape.head_dim == default["hidden_size"] // default["num_attention_heads"]
+    assert shape.rotary_dim == shape.head_dim // 2
+    assert shape.mamba_head_dim == default["mamba_expand"] * default["hidden_size"] // default["mamba_n_heads"]
+    assert shape.rope_parameters["rope_theta"] == 10_000.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mamba_n_groups": 2}, {"num_attention_heads": 2, "mamba_d_conv": 2}, {"mamba_d_head": "auto"}],
+    ids=str,
+)
+def test_sizes_are_those_of_transformers_modules(changes: dict[str, object]) -> None:
+    config = BambaConfig(**(SMALL | changes))
+    shape = BambaShape.from_hf(config)
+    mixer, attention = modeling_bamba.BambaMixer(config, 0), modeling_bamba.BambaAttention(config, 1)
+    assert mixer.conv1d.weight.shape == (shape.conv_channels, 1, shape.conv_width)
+    assert mixer.in_proj.out_features == shape.mamba_intermediate + shape.conv_channels + shape.mamba_heads
+    assert mixer.head_dim == shape.mamba_head_dim
+    assert attention.q_proj.out_features == shape.num_attention_heads * shape.head_dim
+    assert attention.k_proj.out_features == shape.num_key_value_heads * shape.head_dim
+    assert 2 * len(modeling_bamba.BambaRotaryEmbedding(config).inv_freq) == shape.rotary_dim
+
+
+def test_a_config_reads_the_same_from_its_file(tmp_path: pathlib.Path) -> None:
+    """Infinity and the automatic head width survive JSON."""
+    config = BambaConfig(**(SMALL | {"mamba_d_head": "auto", "time_step_limit": (0.0, math.inf)}))
+    config.save_pretrained(tmp_path)
+    shape = BambaShape.from_hf(AutoConfig.from_pretrained(tmp_path))
+    assert shape == BambaShape.from_hf(config)
+    assert shape.time_step_limit == NO_TIME_STEP_LIMIT
+
+
+def test_an_automatic_head_width_shares_the_inner_channels() -> None:
+    assert BambaShape.from_hf(raw(mamba_d_head="auto", mamba_n_heads=8)).mamba_head_dim == 2 * 64 // 8
+
+
+@pytest.mark.parametrize(
+    ("rotary", "dim"),
+    [({}, 8), ({"attn_rotary_emb": None}, 8), ({"attn_rotary_emb": 4}, 4), ({"attn_rotary_emb": 16}, 16)],
+    ids=str,
+)
+def test_half_of_a_head_is_rotated_unless_the_config_says_otherwise(rotary: dict[str, object], dim: int) -> None:
+    assert "attn_rotary_emb" not in vars(raw())
+    assert BambaShape.from_hf(raw(**rotary)).rotary_dim == dim
+
+
+def test_rotary_fraction_is_a_half_even_where_rope_parameters_do_not_say() -> None:
+    assert BambaShape.from_hf(raw(rope_parameters=None)).rotary_dim == 8
+    assert BambaShape.from_hf(raw(rope_parameters={"rope_theta": 500.0})).rotary_dim == 8
+
+
+@pytest.mark.parametrize("absent", [None, []], ids=str)
+def test_a_model_without_attention_layers_is_possible(absent: object) -> None:
+    assert BambaShape.from_hf(raw(attn_layer_indices=absent)).attention_layers == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("vocab_size", {"vocab_size": 0}),
+        ("hidden_size", {"hidden_size": "64"}),
+        ("intermediate_size", {"intermediate_size": None}),
+        ("num_hidden_layers", {"num_hidden_layers": -1}),
+        ("max_position_embeddings", {"max_position_embeddings": 0}),
+        ("num_attention_heads", {"num_attention_heads": 3}),
+        ("num_key_value_heads", {"num_key_value_heads": 3}),
+        ("num_key_value_heads", {"num_key_value_heads": -2}),
+        ("attn_layer_indices", {"attn_layer_indices": [1, 4]}),
+        ("attn_layer_indices", {"attn_layer_indices": [-1]}),
+        ("hidden_act", {"hidden_act": "relu"}),
+        ("mamba_n_heads", {"mamba_n_heads": None}),
+        ("mamba_n_heads", {"mamba_n_heads": 3, "mamba_d_head": "auto"}),
+        ("mamba_d_head", {"mamba_d_head": 16}),
+        ("mamba_d_head", {"mamba_d_head": "large"}),
+        ("mamba_expand", {"mamba_expand": 3}),
+        ("mamba_n_groups", {"mamba_n_groups": 3}),
+        ("mamba_d_state", {"mamba_d_state": 0}),
+        ("mamba_d_conv", {"mamba_d_conv": 1}),
+        ("mamba_d_conv", {"mamba_d_conv": 5}),
+        ("mamba_chunk_size", {"mamba_chunk_size": 24}),
+        ("time_step_limit", {"time_step_limit": (0.5, 0.1)}),
+        ("time_step_limit", {"time_step_limit": (-0.1, 0.1)}),
+        ("time_step_limit", {"time_step_limit": (0.1, math.nan)}),
+        ("time_step_limit", {"time_step_limit": (0.1,)}),
+        ("rope_type", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+        ("attn_rotary_emb", {"attn_rotary_emb": 7}),
+        ("attn_rotary_emb", {"attn_rotary_emb": 0}),
+        ("attn_rotary_emb", {"attn_rotary_emb": 18}),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_by_name(field: str, changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=rf"\b{field}\b"):
+        BambaShape.from_hf(raw(**changes))
+
+
+@pytest.mark.parametrize("other", ["mamba2", "granitemoehybrid", None], ids=str)
+def test_a_config_of_another_model_is_refused(other: str | None) -> None:
+    with pytest.raises(ValueError, match="model_type"):
+        BambaShape.from_hf(raw(model_type=other))
+
+
+def engine(**changes: object) -> SimpleNamespace:
+    """As much of vLLM's config as the hook reads."""
+    values = {
+        "hf_config": raw(),
+        "model": "a/name-on-the-hub",
+        "tensor": 1,
+        "replay": False,
+        "speculative": None,
+        "lora": None,
+        "state_dtype": "auto",
+    } | changes
+    return SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=values["hf_config"], model=values["model"]),
+        parallel_config=SimpleNamespace(tensor_parallel_size=values["tensor"]),
+        load_config=SimpleNamespace(load_format="auto"),
+        cache_config=SimpleNamespace(use_replayssm=values["replay"], mamba_ssm_cache_dtype=values["state_dtype"]),
+        speculative_config=values["speculative"],
+        lora_config=values["lora"],
+    )
+
+
+def test_the_hook_accepts_a_good_model_and_changes_nothing_that_the_user_chose() -> None:
+    config = engine(tensor=2, state_dtype="bfloat16")
+    before = repr(config)
+    BambaServingConfig.verify_and_update_config(config)
+    assert repr(config) == before
+
+
+def test_the_hook_checks_the_model_the_parallelism_the_options_and_the_files(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    for message, changes in {
+        "mamba_d_conv": {"hf_config": raw(mamba_d_conv=9)},
+        "tensor_parallel_size = 3": {"tensor": 3},
+        "--use-replayssm": {"replay": True},
+        "--fully-sharded-loras": {"tensor": 2, "lora": SimpleNamespace(fully_sharded_loras=True)},
+        "model.safetensors": {"model": str(tmp_path)},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            BambaServingConfig.verify_and_update_config(engine(**changes))
+
+
+@pytest.mark.parametrize(("cpu", "dtype"), [(True, "float32"), (False, "auto")], ids=["cpu", "gpu"])
+def test_state_is_kept_in_fp32_where_the_step_does_not_round(
+    cpu: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(compat.current_platform), "is_cpu", lambda self: cpu)
+    config = engine()
+    compat.choose_state_dtype(config)
+    assert config.cache_config.mamba_ssm_cache_dtype == dtype
+
+
+@pytest.mark.parametrize("cpu", [True, False], ids=["cpu", "gpu"])
+def test_speculation_is_refused_without_a_gpu_only(cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(compat.current_platform), "is_cpu", lambda self: cpu)
+    config = engine(speculative=object())
+    if cpu:
+        with pytest.raises(ValueError, match="--speculative-config"):
+            compat.check_options(config)
+    else:
+        compat.check_options(config)

@@ -21,17 +21,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="fail, instead of skip, tests whose GPUs are missing")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    gpus = torch.cuda.device_count()
-    for item in items:
-        needed = 2 if item.get_closest_marker("gpu2") else 1 if item.get_closest_marker("gpu") else 0
-        if needed > gpus:
-            reason = f"needs {needed} NVIDIA GPU(s), found {gpus}"
-            if config.getoption("--require-gpu"):
-                item.add_marker(pytest.mark.xfail(reason=reason, run=False, strict=True))
-                item.user_properties.append(("missing_gpu", reason))
-            else:
-                item.add_marker(pytest.mark.skip(reason=reason))
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    needed = 2 if item.get_closest_marker("gpu2") else 1 if item.get_closest_marker("gpu") else 0
+    found = torch.cuda.device_count()
+    if needed > found:
+        reason = f"needs {needed} NVIDIA GPU(s), found {found}"
+        if item.config.getoption("--require-gpu"):
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

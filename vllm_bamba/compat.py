@@ -3,7 +3,7 @@
 Imports of vLLM's documented building blocks (`Attention`, the linear layers, `RMSNorm`, `MambaBase`, ...) stand in the
 modules that use them; what a model outside vLLM's tree would not normally touch stands here.
 
-All were seen in 0.32 and 0.33.
+Each was seen in 0.32 and 0.33, unless it says otherwise.
 
 `MODELS_CONFIG_MAP` (in `register`)
     Checks before weights are loaded. Goes when vLLM has a public hook.
@@ -16,6 +16,8 @@ operator `vllm::mamba_mixer2`
     The operators underneath ours. Goes operator by operator, as each gets a kernel of its own.
 `supported_kv_cache_layouts`
     Pipeline stages without attention must agree with the others. Goes when vLLM intersects the workers' lists.
+`vllm.lora.ops.torch_ops.lora_ops.bgmv_shrink`
+    On CPUs, requests without an adapter got one. Goes with 0.32.
 `vllm.lora.utils._all_lora_classes`
     Adapters of `in_proj` where B and C are copied to several ranks. Goes when vLLM asks layers for their wrapper.
 """
@@ -49,7 +51,7 @@ __all__ = [
     "choose_state_dtype",
     "is_conv_state_dim_first",
     "mix_opaquely",
-    "register_lora_wrapper",
+    "prepare_lora",
     "state_backend",
 ]
 
@@ -108,9 +110,32 @@ def _state_backend(attention: type[AttentionBackend]) -> type[AttentionBackend]:
     return BambaStateBackend
 
 
-def register_lora_wrapper(wrapper: type) -> None:
-    """Have vLLM try `wrapper` before its own LoRA layers; safe to call again."""
+def prepare_lora(wrapper: type) -> None:
+    """Have vLLM try `wrapper` before its own LoRA layers, and keep adapters to their rows; safe to call again."""
     from vllm.lora import utils
 
     if wrapper not in utils._all_lora_classes:
         utils._all_lora_classes = (wrapper, *utils._all_lora_classes)
+    if current_platform.is_cpu():
+        _mask_rows_without_adapter()
+
+
+def _mask_rows_without_adapter() -> None:
+    """Keep adapters away from requests that asked for none.
+
+    vLLM 0.32's CPU operators take the index of such a row, -1, for the last adapter, so a request without an adapter
+    in a batch with others gets one. Every path to an adapter shrinks the input first, and a row of zeros shrinks to
+    zeros. Fixed in 0.33; goes with 0.32.
+    """
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    shrink = lora_ops.bgmv_shrink
+    if hasattr(shrink, "__wrapped__"):
+        return
+
+    @functools.wraps(shrink)
+    def masked(inputs: Any, weights: Any, output: Any, adapters: Any, scaling: float = 1.0) -> None:
+        shrink(inputs * (adapters >= 0)[:, None], weights, output, adapters, scaling)
+
+    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = masked

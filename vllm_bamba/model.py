@@ -34,7 +34,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
-from vllm_bamba.compat import MambaStateCopyFuncCalculator, MambaStateDtypeCalculator, register_lora_wrapper
+from vllm_bamba.compat import MambaStateCopyFuncCalculator, MambaStateDtypeCalculator, prepare_lora
 from vllm_bamba.config import BambaShape
 from vllm_bamba.mixer import BambaMixer
 from vllm_bamba.state import state_shapes
@@ -239,7 +239,7 @@ class BambaForCausalLM(
         if vllm_config.lora_config is not None:
             from vllm_bamba.lora import InProjectionWithLoRA
 
-            register_lora_wrapper(InProjectionWithLoRA)
+            prepare_lora(InProjectionWithLoRA)
         self.model = BambaModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(

@@ -42,7 +42,11 @@ def check(path: str, adapter: str, merged: BambaForCausalLM, **options: object) 
         # no prompt logprobs: with LoRA, vLLM's CPU engine fails when it computes them
         adapted = engine.answers(PROMPTS, 24, prompt_logprobs=False, lora_request=request)
         plain = engine.answers(PROMPTS, 24, prompt_logprobs=False)
+        half = [None, request] * (len(PROMPTS) // 2)
+        mixed = engine.answers(PROMPTS, 24, prompt_logprobs=False, lora_request=half)
     base, with_adapter = Reference(path), Reference(merged)
+    for answer, of_request in zip(mixed, half, strict=True):
+        (with_adapter if of_request else base).check(answer)
     for answer in adapted:
         with_adapter.check(answer)
     for answer in plain:

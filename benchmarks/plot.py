@@ -1,0 +1,220 @@
+"""Draw the result rows: PNGs from the CSV files alone, and only what there are rows for.
+
+    python benchmarks/plot.py                      # every CSV file in benchmarks/results
+    python benchmarks/plot.py benchmarks/results/nvidia-h200.csv
+
+Backgrounds are transparent and every colour stands out from white and from a dark page alike. Of a measurement that was
+repeated on another day the latest run is drawn.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from rows import COLUMNS, FOLDER, NOT_APPLICABLE
+
+TEXT = "#7d8590"
+COLOURS = {
+    "vllm_bamba": "#2f81f7",
+    "transformers": "#c2730a",
+    "transformers_torch": "#a67c00",
+    "vllm": "#8e6bdc",
+    "vllm_granite_hybrid": "#8e6bdc",
+    "vllm_llama": "#2a9d5c",
+    "mamba_ssm": "#d9534f",
+    "roofline": TEXT,
+    "floor": TEXT,
+}
+STAGES = {
+    "import": "#2f81f7",
+    "weights": "#2a9d5c",
+    "compile": "#c2730a",
+    "warm_up": "#d9534f",
+    "graph_capture": "#8e6bdc",
+    "other": TEXT,
+}
+STYLE = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT),
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": TEXT,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
+WHAT = ["benchmark", "variant", "model", "case", "batch", "prompt_tokens", "output_tokens", "shared_prefix", "rate"]
+WHAT += ["concurrency", "metric", "dtype", "state_dtype", "cache_mode"]
+
+
+def load(file: pathlib.Path) -> pd.DataFrame:
+    """The rows of one device, each measurement's latest.
+
+    Raises:
+        SystemExit: the file is not one that `rows.py` wrote.
+    """
+    rows = pd.read_csv(file, na_values=[NOT_APPLICABLE], keep_default_na=False)
+    if list(rows.columns) != list(COLUMNS):
+        raise SystemExit(f"{file} does not have the columns of a result file")
+    return rows.drop_duplicates(WHAT, keep="last")
+
+
+def numbers(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The rows whose `column` is a number, ordered by it."""
+    values = pd.to_numeric(rows[column], errors="coerce")
+    return rows.assign(**{column: values})[values.notna()].sort_values(column)
+
+
+def lines(axes: Axes, rows: pd.DataFrame, x: str) -> bool:
+    """One line a variant over `x`, with the spread where there is one; False without rows."""
+    rows = numbers(rows, x)
+    for variant, points in rows.groupby("variant", sort=False):
+        colour = COLOURS.get(str(variant), TEXT)
+        style = "--" if variant == "roofline" else "o-"
+        axes.plot(points[x], points["value"], style, color=colour, label=str(variant))
+        low, high = (pd.to_numeric(points[c], errors="coerce") for c in ("low", "high"))
+        axes.fill_between(points[x], low, high, color=colour, alpha=0.2, linewidth=0)
+    if rows.empty:
+        return False
+    axes.set_xscale("log", base=2)
+    ticks = sorted(rows[x].unique())
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.legend()
+    return True
+
+
+def throughput(axes: Axes, rows: pd.DataFrame) -> bool:
+    """Decode throughput against batch, at the shortest prompt measured, below the roofline."""
+    rows = numbers(
+        rows[(rows.benchmark == "bench_transformers") & (rows.metric == "decode_throughput")], "prompt_tokens"
+    )
+    if rows.empty:
+        return False
+    rows = rows[rows.prompt_tokens == rows.prompt_tokens.min()]
+    axes.set(xlabel="batch", ylabel="decode, tokens/s", yscale="log")
+    axes.set_title(f"Decode throughput, prompts of {rows.prompt_tokens.min():g} tokens")
+    return lines(axes, rows, "batch")
+
+
+def speed_up(axes: Axes, rows: pd.DataFrame) -> bool:
+    """Every speed-up that was recorded, as a bar from 1 with its spread."""
+    rows = rows[rows.metric.str.startswith("speed_up_over_")].copy()
+    if rows.empty:
+        return False
+    rows["other"] = rows.metric.str.removeprefix("speed_up_over_")
+    labels = rows.apply(_speed_up_label, axis=1)
+    low, high = (pd.to_numeric(rows[c], errors="coerce").fillna(rows.value) for c in ("low", "high"))
+    axes.barh(labels, rows.value - 1, left=1, color=rows.other.map(lambda other: COLOURS.get(other, TEXT)))
+    axes.errorbar(rows.value, labels, xerr=[rows.value - low, high - rows.value], fmt="none", ecolor=TEXT, capsize=3)
+    axes.set_xlim(0, 1.15 * max(1.0, rows.value.max()))  # a spread may be wider than the plot
+    axes.axvline(1, color=TEXT)
+    axes.invert_yaxis()
+    axes.figure.set_size_inches(8, 1.2 + 0.28 * len(rows))  # type: ignore[union-attr]
+    axes.set(xlabel="times as fast as the other")
+    axes.set_title("Speed-up of vllm_bamba")
+    return True
+
+
+def _speed_up_label(row: pd.Series) -> str:
+    work = [] if pd.isna(row.batch) else [f"batch {float(row.batch):g}"]
+    if pd.notna(row.prompt_tokens):
+        work.append(f"{row.prompt_tokens} tokens")
+    return f"{row['case']}, {', '.join(work)}, over {row.other}"
+
+
+def shared_prefix(axes: Axes, rows: pd.DataFrame) -> bool:
+    """Median TTFT against the length of the shared prefix, at the lowest load measured."""
+    rows = rows[(rows.benchmark == "bench_serving") & (rows.case == "prefix") & (rows.metric == "ttft_p50")]
+    if rows.empty:
+        return False
+    rate, concurrency = rows[["rate", "concurrency"]].astype(str).iloc[0]
+    rows = rows[(rows.rate.astype(str) == rate) & (rows.concurrency.astype(str) == concurrency)]
+    axes.set(xlabel="shared prefix, tokens", ylabel="TTFT, median, ms")
+    axes.set_title(f"Time to first token, rate {rate}, concurrency {concurrency}, cache {rows.cache_mode.iloc[0]}")
+    return lines(axes, rows, "shared_prefix")
+
+
+def prefill(axes: Axes, rows: pd.DataFrame) -> bool:
+    """Prefill throughput against prompt length at the smallest batch measured."""
+    rows = numbers(rows[(rows.benchmark == "bench_transformers") & (rows.metric == "prefill_throughput")], "batch")
+    if rows.empty:
+        return False
+    rows = rows[rows.batch == rows.batch.min()]
+    axes.set(xlabel="prompt, tokens", ylabel="prefill, tokens/s")
+    axes.set_title(f"Prefill throughput, batch {rows.batch.min():g}")
+    return lines(axes, rows, "prompt_tokens")
+
+
+def startup(axes: Axes, rows: pd.DataFrame) -> bool:
+    """Stages of a start, stacked, for each model cold and warm."""
+    rows = rows[rows.metric.str.startswith("startup_")]
+    if rows.empty:
+        return False
+    table = rows.assign(stage=rows.metric.str.removeprefix("startup_"), start=rows.variant + "\n" + rows["case"])
+    table = table.pivot_table(index="start", columns="stage", values="value", sort=False)
+    left = pd.Series(0.0, index=table.index)
+    for stage in (s for s in STAGES if s in table):
+        seconds = table[stage].fillna(0)
+        axes.barh(table.index, seconds, left=left, color=STAGES[stage], label=stage.replace("_", " "))
+        left += seconds
+    axes.invert_yaxis()
+    axes.legend(ncols=len(STAGES), loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    axes.set(xlabel="seconds")
+    axes.set_title("Start-up")
+    return True
+
+
+PLOTS: dict[str, Callable[[Axes, pd.DataFrame], bool]] = {
+    "throughput": throughput,
+    "speed_up": speed_up,
+    "ttft_shared_prefix": shared_prefix,
+    "prefill": prefill,
+    "startup": startup,
+}
+
+
+def draw(file: pathlib.Path) -> list[pathlib.Path]:
+    """Draw what the rows of `file` allow; returns the PNGs, which lie beside it."""
+    rows, written = load(file), []
+    for name, plot in PLOTS.items():
+        with plt.rc_context(STYLE):
+            figure, axes = plt.subplots(figsize=(8, 4.5))
+            if plot(axes, rows):
+                png = file.with_name(f"{file.stem}-{name}.png")
+                caption = f"{rows.device.iloc[-1]}; vLLM {rows.vllm.iloc[-1]}; vllm_bamba {rows.commit.iloc[-1]}"
+                figure.text(0.01, 0.005, caption, fontsize=8, color=TEXT)
+                figure.tight_layout(rect=(0, 0.03, 1, 1))
+                figure.savefig(png, dpi=144, transparent=True)
+                written.append(png)
+                print(png)
+            else:
+                print(f"{name}: no rows in {file.name}, not drawn", file=sys.stderr)
+            plt.close(figure)
+    return written
+
+
+def main(argv: Sequence[str]) -> list[pathlib.Path]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=pathlib.Path, help="CSV files (default: all in benchmarks/results)")
+    args = parser.parse_args(argv)
+    files = args.files or sorted(FOLDER.glob("*.csv"))
+    if not files:
+        parser.error(f"there are no CSV files in {FOLDER}: run a benchmark first")
+    for file in files:
+        if not file.is_file():
+            parser.error(f"{file} does not exist")
+    return [png for file in files for png in draw(file)]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,257 @@
+"""The benchmarks measure: rows are written, every column is filled, and what is compared gives the same tokens.
+
+How fast anything is says nothing here: the models are tiny and the machine may be busy.
+"""
+# ruff: noqa: E402  the benchmarks are scripts beside each other, found after the path is set
+
+import csv
+import pathlib
+import sys
+
+import pytest
+import torch
+
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import bench_ops
+import bench_serving
+import bench_transformers
+import rows
+import shapes
+import startup
+import timing
+from parity import Engine, assert_same
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the benchmarks themselves")
+ENGINE = "--enforce-eager --kv-cache-memory-bytes 67108864 --max-num-seqs 4"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(autouse=True)
+def one_thread_limits(monkeypatch):
+    """Measuring the device's limits is tried once, in its own test."""
+    limits = timing.Limits(bytes_per_second=1e9, flops=1e9)
+    for module in (bench_ops, bench_transformers):
+        monkeypatch.setattr(module, "measure_limits", lambda *_, **__: limits)
+
+
+def read(folder: pathlib.Path, benchmark: str) -> list[dict[str, str]]:
+    """Rows of one benchmark, all columns there and filled, all values numbers."""
+    with rows.results_file(folder).open() as file:
+        found = [row for row in csv.DictReader(file) if row["benchmark"] == benchmark]
+    assert found
+    for row in found:
+        assert tuple(row) == rows.COLUMNS
+        assert all(row.values()), f"empty columns in {row}"
+        assert float(row["value"]) >= 0
+        assert row["commit"] == "smoke"
+        assert row["command"].startswith(f"python benchmarks/{benchmark}.py ")
+    return found
+
+
+def values(found: list[dict[str, str]], column: str) -> set[str]:
+    return {row[column] for row in found}
+
+
+def common(folder: pathlib.Path) -> list[str]:
+    return ["--results", str(folder), "--commit", "smoke"]
+
+
+def test_ops_are_timed_against_vllms_and_the_floor(results, capsys):
+    sizes = ["--shape", "tiny", "--tokens", "40", "--batches", "2", "--repeats", "2", "--tests", "skip"]
+    bench_ops.main([*sizes, *common(results)])
+    found = read(results, "bench_ops")
+    assert values(found, "case") == set(bench_ops.CASES)
+    for case in bench_ops.CASES:
+        of_case = [row for row in found if row["case"] == case]
+        assert values(of_case, "variant") == {"vllm_bamba", "vllm", "floor"}
+        assert values(of_case, "metric") == {"time", "speed_up_over_vllm"}
+    assert all(row["verified"].startswith("agrees with the reference") for row in found)
+    assert "of the limit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["tests are red", "output is wrong"])
+def test_ops_that_are_not_verified_get_no_speed_up(what, tmp_path, monkeypatch, capsys):
+    arguments = ["--ops", "gated_norm_step", "--shape", "tiny", "--batches", "2", "--repeats", "2"]
+    if what == "tests are red":
+        monkeypatch.setattr(bench_ops, "tests_pass", lambda operator: False)
+    else:
+        build = bench_ops.CASES["gated_norm_step"][2]
+
+        def broken(problem):
+            case = build(problem)
+            right = case.calls[bench_ops.OURS]
+            case.calls[bench_ops.OURS] = lambda: right() * 1.01
+            return case
+
+        monkeypatch.setitem(bench_ops.CASES, "gated_norm_step", ("gated_norm", "decode", broken))
+        arguments += ["--tests", "skip"]
+    bench_ops.main([*arguments, *common(tmp_path)])
+    found = read(tmp_path, "bench_ops")
+    assert values(found, "metric") == {"time"}
+    assert all(row["verified"].startswith("RED") for row in found)
+    assert "no speed-up is reported" in capsys.readouterr().out
+
+
+def test_transformers_and_this_plugin_give_the_same_tokens(results, tiny):
+    work = ["--batches", "2", "--prompts", "20", "--output", "4", "--repeats", "1"]
+    mixed = ["--mixed", "4", "--mixed-lengths", "3", "30", "--static-batch", "2"]
+    bench_transformers.main(["--model", tiny, "--eager", *work, *mixed, *common(results)])
+    found = read(results, "bench_transformers")
+    assert values(found, "variant") == {"transformers_torch", "vllm_bamba", "roofline"}
+    ours = [row for row in found if row["variant"] == "vllm_bamba"]
+    assert values(ours, "verified") == {"same tokens in 2 of 2 requests", "same tokens in 4 of 4 requests"}
+    assert "speed_up_over_transformers_torch" in values(ours, "metric")
+    theirs = [row for row in found if row["variant"] == "transformers_torch"]
+    assert all("kernels that ran: none, plain torch; attention sdpa" in row["details"] for row in theirs)
+    padding = [row for row in theirs if row["metric"] == "answers_changed_by_padding"]
+    assert len(padding) == 1
+
+
+def test_kernels_that_do_not_run_are_an_error_when_demanded(tiny, tmp_path):
+    with pytest.raises(SystemExit, match="did not call mamba_ssm and causal_conv1d"):
+        bench_transformers.main(["--model", tiny, "--kernels", "on", *common(tmp_path)])
+
+
+def test_granite_twin_gives_the_same_tokens(tiny, tmp_path):
+    twin = shapes.write_granite_twin(pathlib.Path(tiny), tmp_path)
+    prompts = shapes.random_prompts([5, 300, 17], vocab_size=1024, seed=0)
+    answers = []
+    for model in (tiny, str(twin)):
+        with Engine(model, enable_prefix_caching=False) as engine:
+            answers.append(engine.answers(prompts, prompt_logprobs=False))
+    assert_same(*answers)
+
+
+@pytest.mark.multiprocess
+def test_serving_reports_all_percentiles(results, tiny):
+    model = ["--model", tiny, "--models", "bamba", f"--engine-args={ENGINE}"]
+    load = ["--datasets", "prefix", "--prefixes", "32", "--num-prefixes", "2", "--rates", "--concurrencies", "2"]
+    sizes = ["--num-prompts", "4", "--input", "16", "--output", "4"]
+    bench_serving.main(["serve", *model, *load, *sizes, *common(results)])
+    found = [row for row in read(results, "bench_serving") if row["case"] == "prefix"]
+    expected = {f"{metric}_p{p}" for metric in ("ttft", "tpot", "itl", "e2el") for p in (50, 90, 99)}
+    assert values(found, "metric") == expected | {"output_throughput", "request_throughput"}
+    assert values(found, "verified") == {"all answered; the answers that others are compared with"}
+
+
+def test_serving_compares_answers(tmp_path):
+    args = bench_serving.arguments(["serve", "--shape", "tiny"])
+    args.model = tmp_path
+    bench = bench_serving.Bench(args, rows.Results("bench_serving", tmp_path), tmp_path, {})
+    answer = {"failed": 0, "generated_texts": ["a", "b"]}
+    assert bench.compare("bamba", 0, answer).startswith("all answered")
+    assert bench.compare("granite", 0, answer | {"generated_texts": ["a", "c"]}) == "same text in 1 of 2 requests"
+    assert bench.compare("granite", 0, answer | {"failed": 1}) == "RED: 1 requests failed"
+    assert "not comparable" in bench.compare("llama", 0, answer)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("what", ["throughput", "latency", "startup"])
+def test_offline_commands_write_rows(what, tmp_path):
+    sizes = ["--num-prompts", "2", "--input", "8", "--output", "2", "--batches", "2", "--iterations", "1"]
+    starts = ["--cold", "1", "--fill", "0", "--warm", "1"]
+    models = ["--shape", "tiny", "--models", "bamba", f"--engine-args={ENGINE}"]
+    bench_serving.main([what, *models, *sizes, *starts, *common(tmp_path)])
+    found = read(tmp_path, "bench_serving")
+    expected = {
+        "throughput": {"total_throughput", "request_throughput"},
+        "latency": {"latency"},
+        "startup": {"startup_import", "startup_weights", "startup_other", "startup_total"},
+    }
+    assert expected[what] <= values(found, "metric")
+
+
+def test_startup_stages_add_up():
+    start = (
+        "Model loading took 18.4 GiB memory and 20.500000 seconds\n"
+        "Initial profiling/warmup run took 30.00 s\n"
+        "Graph capturing finished in 12 secs, took 1.00 GiB\n"
+        "init engine (profile, create kv cache, warmup model) took 60.00 s (compilation: 15.00 s)\n"
+    )
+    result = {"cold_startup_times": [90.0], "cold_compilation_times": [15.0]}
+    result |= {"warm_startup_times": [80.0, 82.0], "warm_compilation_times": [5.0, 6.0]}
+    found = {(case, stage): s for case, stage, s in startup.stages(result, start * 4, 1, 10.0)}
+    seconds = {stage: samples.median for (case, stage), samples in found.items() if case == "cold"}
+    assert seconds.pop("total") == 100.0 == sum(seconds.values())
+    assert seconds == {"import": 10, "weights": 20.5, "compile": 15, "warm_up": 30, "graph_capture": 12, "other": 12.5}
+    assert found["warm", "total"].values == (90.0, 92.0)
+    with pytest.raises(SystemExit, match=r"made 1 \+ 1 \+ 2 starts but its log shows 3"):
+        list(startup.stages(result, start * 3, 1, 10.0))
+
+
+def test_plots_are_drawn_from_the_rows_alone(results, monkeypatch):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("pandas")
+    import plot
+
+    file = rows.results_file(results)
+    assert file.is_file(), "run the whole file: the plots are drawn from the rows of the tests above"
+    drawn = {png.stem.removeprefix(f"{file.stem}-") for png in plot.main([str(file)])}
+    assert {"throughput", "prefill", "speed_up"} <= drawn
+    assert "startup" not in drawn
+    for colour in {plot.TEXT, *plot.COLOURS.values(), *plot.STAGES.values()}:
+        for page in ("#ffffff", "#0d1117"):
+            assert contrast(colour, page) >= 3, f"{colour} on {page}"
+
+
+def contrast(left: str, right: str) -> float:
+    """WCAG 2 contrast ratio of two colours; 3 is asked of graphics and large text."""
+
+    def luminance(colour: str) -> float:
+        channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    dark, light = sorted(map(luminance, (left, right)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_rows_with_an_empty_or_unknown_column_are_refused(tmp_path):
+    results = rows.Results("bench_ops", tmp_path, {})
+    with pytest.raises(ValueError, match="empty columns"):
+        results.add(metric="time", value=1.0)
+    with pytest.raises(ValueError, match=r"unknown columns \['speed'\]"):
+        results.add(speed=1)
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (bench_ops.main, ["--repeats", "0"], "--repeats must be positive"),
+        (bench_transformers.main, ["--model", "/nowhere"], "there is no config.json"),
+        (bench_transformers.main, ["--output", "1"], "--output must be at least 2"),
+        (bench_serving.main, ["serve", "--rates", "-1"], "must be positive"),
+        (bench_serving.main, ["serve", "--datasets", "prefix", "--num-prompts", "10"], "nothing is shared"),
+    ],
+)
+def test_bad_arguments_are_explained(main, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_samples_and_limits():
+    assert timing.Samples((3.0, 1.0, 2.0)).median == 2.0
+    assert (timing.Samples((3.0, 1.0, 2.0)).low, timing.Samples((3.0, 1.0, 2.0)).high) == (1.0, 3.0)
+    calls = []
+    times = timing.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 5, seed=0, warm_up=0)
+    assert sorted(calls) == ["a"] * 5 + ["b"] * 5
+    assert calls != ["a"] * 5 + ["b"] * 5, "the variants must be interleaved"
+    assert {s.count for s in times.values()} == {5}
+    limits = timing.Limits(bytes_per_second=2e9, flops=1e12)
+    assert limits.floor_ms(4e6) == 2.0
+    assert limits.floor_ms(0, 5e9) == 5.0
+
+
+def test_bytes_of_the_9b_shape():
+    """9,780,235,392 parameters; 62 MB of bf16 state and 12 KB of KV a sequence and token."""
+    moved = shapes.bytes_moved(shapes.bamba_config("9b"), torch.bfloat16, torch.bfloat16)
+    assert moved.weights == 2 * (9_780_235_392 - 128256 * 4096)
+    assert moved.state == 29 * 2 * (8448 * 3 + 128 * 64 * 128)
+    assert moved.kv_per_token == 3 * 2 * 8 * 128 * 2

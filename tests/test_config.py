@@ -243,7 +243,11 @@ def engine(**changes: object) -> SimpleNamespace:
         model_config=SimpleNamespace(hf_config=values["hf_config"], model=values["model"]),
         parallel_config=SimpleNamespace(tensor_parallel_size=values["tensor"]),
         load_config=SimpleNamespace(load_format="auto"),
-        cache_config=SimpleNamespace(use_replayssm=values["replay"], mamba_ssm_cache_dtype=values["state_dtype"]),
+        cache_config=SimpleNamespace(
+            use_replayssm=values["replay"], mamba_ssm_cache_dtype=values["state_dtype"], enable_prefix_caching=False
+        ),
+        scheduler_config=SimpleNamespace(scheduler_cls=None),
+        additional_config={},
         speculative_config=values["speculative"],
         lora_config=values["lora"],
     )

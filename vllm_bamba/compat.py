@@ -20,12 +20,38 @@ operator `vllm::mamba_mixer2`
     On CPUs, requests without an adapter got one. Goes with 0.32.
 `vllm.lora.utils._all_lora_classes`
     Adapters of `in_proj` where B and C are copied to several ranks. Goes when vLLM asks layers for their wrapper.
+`scheduler_cls`, `Scheduler._mamba_block_aligned_split`
+    Where prefills stop. Goes when vLLM has a public hook.
+the same, and `MambaManager.cache_blocks`
+    vLLM publishes a wrong state where prompts part: see below.
+`MambaSpec.state_content_size_bytes`
+    vLLM cuts copies of shared attention blocks short: see below.
+`Scheduler._preempt_request`, `Scheduler.reset_prefix_cache`
+    Steps that are not run, caches that are emptied. Goes with the slots.
+`KVCacheSpecRegistry`
+    Cache managers of our own; registering is vLLM's way.
+`BlockPool`: its queue, its keys, `get_new_blocks`
+    Slots go whole, by value. Goes when vLLM takes an eviction policy.
+`CacheConfig.mamba_block_size`
+    Model Runner V2 counts states by it. Goes when it asks the specification.
+
+Two of these work round bugs of vLLM's prefix caching, which serve wrong tokens:
+
+- *Wrong state published where prompts part.* With a match unit, `Scheduler._mamba_block_aligned_split` counts the
+  stop in blocks from the chunk's start, not from the text's, and `MambaManager` then gives the state of another
+  position that position's key. Ours stops exactly there and keys nothing but the state on which a step ends. It can go
+  when vLLM's own scheduler passes `test_simulated.py::test_vllm_alone_resumes_from_a_wrong_state` turned round.
+- *Copies cut short.* `v1.worker.utils.copy_kv_cache_blocks_inplace` copies each address once; the first view of an
+  address may be a Mamba layer's, which leaves out the page's padding, and with it the end of an attention block. With
+  a specification that counts its padding as content all views are whole. It can go when that function copies pages.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import vllm.model_executor.layers.mamba.mamba_mixer2  # noqa: F401  registers vllm::mamba_mixer2
@@ -39,19 +65,35 @@ from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionBackend, Mamba2AttentionMetadata
 from vllm.v1.attention.selector import get_attn_backend
+from vllm.v1.core.kv_cache_utils import get_block_hash, make_block_hash_with_group_id
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+Spec = TypeVar("Spec", bound="KVCacheSpec")
 
 __all__ = [
     "Mamba2AttentionMetadata",
     "MambaStateCopyFuncCalculator",
     "MambaStateDtypeCalculator",
+    "add_key",
+    "before_allocation",
     "check_options",
     "choose_state_dtype",
+    "free_blocks_in_order",
     "is_conv_state_dim_first",
+    "key_of",
     "mix_opaquely",
+    "move_to_front",
     "prepare_lora",
+    "register_manager",
+    "remove_keys",
+    "replace_spec",
+    "set_state_block",
     "state_backend",
 ]
 
@@ -139,3 +181,64 @@ def _mask_rows_without_adapter() -> None:
         shrink(inputs * (adapters >= 0)[:, None], weights, output, adapters, scaling)
 
     lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = masked
+
+
+# prefix caching: vLLM's blocks, their keys and their queue
+
+
+def register_manager(spec: type[KVCacheSpec], manager: type, like: type[KVCacheSpec]) -> None:
+    """Have vLLM manage layers of this specification with `manager`, in one group with those of `like`."""
+    KVCacheSpecRegistry._ensure_registered()  # else a process that begins with ours would lack vLLM's own
+    KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=like)
+
+
+def replace_spec(kind: type[Spec], spec: KVCacheSpec, **changes: Any) -> Spec:
+    """The same cache specification as another class, with some fields changed."""
+    return kind(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init} | changes)
+
+
+def set_state_block(vllm_config: VllmConfig, tokens: int) -> None:
+    """Tell vLLM of the tokens of a state's block; what it sets itself is the attention block's."""
+    vllm_config.cache_config.mamba_block_size = tokens
+
+
+def key_of(block: KVCacheBlock) -> BlockHash:
+    """The hash under which a state block is found, without its group."""
+    assert block.block_hash is not None
+    return get_block_hash(block.block_hash)
+
+
+def add_key(pool: BlockPool, block: KVCacheBlock, text: BlockHash, group: int, tokens: int) -> None:
+    """Have a block found by the hash of a text that ends inside it, beside what finds it already."""
+    pool._insert_block_hash(make_block_hash_with_group_id(text, group), block, num_tokens=tokens)
+
+
+def remove_keys(pool: BlockPool, block: KVCacheBlock) -> None:
+    """Have nothing find a block any more."""
+    pool._maybe_evict_cached_block(block)
+
+
+def free_blocks_in_order(pool: BlockPool) -> Iterator[KVCacheBlock]:
+    """Free blocks, the one that is given out next first."""
+    queue = pool.free_block_queue
+    block = queue.fake_free_list_head.next_free_block
+    while block is not None and block is not queue.fake_free_list_tail:
+        yield block
+        block = block.next_free_block
+
+
+def move_to_front(pool: BlockPool, block: KVCacheBlock) -> None:
+    """Give this free block out next."""
+    pool.free_block_queue.remove(block)
+    pool.free_block_queue.prepend_n([block])
+
+
+def before_allocation(pool: BlockPool, make_room: Callable[[int], None]) -> None:
+    """Call `make_room(blocks)` before the pool gives out that many."""
+    allocate = pool.get_new_blocks
+
+    def get_new_blocks(num_blocks: int) -> list[KVCacheBlock]:
+        make_room(num_blocks)
+        return allocate(num_blocks)
+
+    pool.get_new_blocks = get_new_blocks  # type: ignore[method-assign]

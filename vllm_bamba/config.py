@@ -187,6 +187,7 @@ class BambaServingConfig(VerifyAndUpdateConfig):
             ValueError: naming the field or flag and what to do about it.
         """
         from vllm_bamba.compat import check_options, choose_state_dtype
+        from vllm_bamba.prefix.options import configure
         from vllm_bamba.weights import check_files
 
         shape = BambaShape.from_hf(vllm_config.model_config.hf_config)
@@ -200,4 +201,5 @@ class BambaServingConfig(VerifyAndUpdateConfig):
         )
         check_options(vllm_config)
         choose_state_dtype(vllm_config)
+        configure(vllm_config)
         check_files(vllm_config.model_config.model, vllm_config.load_config.load_format)

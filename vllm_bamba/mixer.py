@@ -15,6 +15,7 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowPar
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_bamba.compat import MambaStateDtypeCalculator, mix_opaquely, state_backend
 from vllm_bamba.config import BambaShape
@@ -22,6 +23,7 @@ from vllm_bamba.ops.causal_conv1d import causal_conv1d_prefill, causal_conv1d_st
 from vllm_bamba.ops.gated_norm import gated_rms_norm
 from vllm_bamba.ops.ssd_prefill import ssd_prefill, warm_up
 from vllm_bamba.ops.ssm_step import ssm_step
+from vllm_bamba.prefix.options import state_spec
 from vllm_bamba.sharding import MixerShard, scaled
 from vllm_bamba.state import DecodePlan, PrefillPlan, channels_first, mixer_shard, plan_batch, state_shapes
 
@@ -228,6 +230,9 @@ class BambaMixer(nn.Module, MambaBase):
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return self.backend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        return state_spec(super().get_kv_cache_spec(vllm_config), vllm_config)
 
     def get_state_shape(self) -> tuple[tuple[int, int], tuple[int, int, int]]:
         return state_shapes(self.shape, self.shard.size, self.draft_tokens)

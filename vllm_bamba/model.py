@@ -33,10 +33,12 @@ from vllm.model_executor.models.utils import (
     maybe_prefix,
 )
 from vllm.sequence import IntermediateTensors
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_bamba.compat import MambaStateCopyFuncCalculator, MambaStateDtypeCalculator, prepare_lora
 from vllm_bamba.config import BambaShape
 from vllm_bamba.mixer import BambaMixer
+from vllm_bamba.prefix.options import attention_spec
 from vllm_bamba.state import state_shapes
 from vllm_bamba.weights import STACKED, load_weights
 
@@ -70,6 +72,13 @@ class BambaMLP(nn.Module):
         return output
 
 
+class SharedAttention(Attention):
+    """vLLM's attention, whose cache other requests can continue at any unit of tokens."""
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        return attention_spec(super().get_kv_cache_spec(vllm_config), vllm_config)
+
+
 class BambaAttention(nn.Module):
     """Grouped-query attention over vLLM's paged cache; the first `rotary_dim` channels of each head are rotated."""
 
@@ -101,7 +110,7 @@ class BambaAttention(nn.Module):
             rope_parameters=shape.rope_parameters | {"partial_rotary_factor": shape.rotary_dim / shape.head_dim},
             is_neox_style=True,
         )
-        self.attn = Attention(
+        self.attn = SharedAttention(
             self.num_heads,
             shape.head_dim,
             shape.head_dim**-0.5,

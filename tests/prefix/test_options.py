@@ -1,0 +1,114 @@
+"""When slots are on, and what is said where they are not."""
+
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+from vllm.platforms import current_platform
+
+from vllm_bamba.prefix.options import SCHEDULER, SlotOptions, configure, shared_tokens
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """vLLM's logger has handlers of its own; pytest listens at the root."""
+    logger = logging.getLogger("vllm")
+    before, logger.propagate = logger.propagate, True
+    yield
+    logger.propagate = before
+
+
+def config(**changes: object) -> SimpleNamespace:
+    """What of vLLM's configuration decides; `part__field` changes one."""
+    made = SimpleNamespace(
+        additional_config={},
+        cache_config=SimpleNamespace(
+            enable_prefix_caching=True, prefix_match_unit=None, prefix_cache_retention_interval=0
+        ),
+        scheduler_config=SimpleNamespace(scheduler_cls=None),
+        model_config=SimpleNamespace(max_model_len=4096),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        speculative_config=None,
+        kv_transfer_config=None,
+        kv_events_config=None,
+    )
+    for name, value in changes.items():
+        *parts, field = name.split("__")
+        setattr(getattr(made, parts[0]) if parts else made, field, value)
+    return made
+
+
+def test_slots_are_on_by_default(caplog: pytest.LogCaptureFixture) -> None:
+    made = config()
+    configure(made)
+    configure(made)  # a second time changes nothing
+    assert made.scheduler_config.scheduler_cls == SCHEDULER
+    assert made.cache_config.prefix_match_unit == 8  # hashes at half of a unit
+    assert caplog.text == ""
+
+
+def test_the_unit_can_be_chosen() -> None:
+    made = config(cache_config__prefix_match_unit=48)
+    configure(made)
+    assert made.cache_config.prefix_match_unit == 24
+
+
+@pytest.mark.parametrize("cpu", [True, False], ids=["cpu", "gpu"])
+def test_where_they_have_not_been_run_slots_are_on_by_option_only(cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: cpu)
+    assert SlotOptions.of(config()).on is cpu
+    assert SlotOptions.of(config(additional_config={"bamba_prefix_slots": not cpu})).on is not cpu
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"scheduler_config__scheduler_cls": "some.Scheduler"}, "another scheduler class"),
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"kv_transfer_config": object()}, "KV connector"),
+        ({"kv_events_config": SimpleNamespace(enable_kv_cache_events=True)}, "events"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
+        ({"cache_config__prefix_cache_retention_interval": 528}, "prefix_cache_retention_interval"),
+    ],
+)
+def test_what_was_not_tried_with_slots_leaves_vllm_alone_and_says_so(
+    changes: dict[str, object], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = config(**changes)
+    configure(made)
+    assert made.scheduler_config.scheduler_cls != SCHEDULER
+    assert made.cache_config.prefix_match_unit is None
+    assert reason in caplog.text
+
+
+def test_a_match_unit_without_slots_is_refused() -> None:
+    with pytest.raises(ValueError, match="--prefix-match-unit"):
+        configure(config(additional_config={"bamba_prefix_slots": False}, cache_config__prefix_match_unit=16))
+
+
+def test_no_caching_and_short_contexts_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    configure(config(cache_config__enable_prefix_caching=False))
+    configure(config(model_config__max_model_len=16))
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "Prefix caching is off by option",
+        "No prefix can be hit",
+    ]
+
+
+@pytest.mark.parametrize("options", [{"bamba_prefix_slots": 1}, {"bamba_prefix_share": 0}, {"bamba_prefix_share": 1.5}])
+def test_a_senseless_option_is_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        SlotOptions.of(config(additional_config=options))
+
+
+def test_an_odd_unit_is_refused() -> None:
+    with pytest.raises(ValueError, match="even"):
+        configure(config(cache_config__prefix_match_unit=11))
+
+
+@pytest.mark.parametrize("value", [None, -1, 0, "100", 1.5])
+def test_a_shared_length_that_is_none_is_ignored(value: object) -> None:
+    assert shared_tokens(SimpleNamespace(extra_args={"bamba_shared_tokens": value})) == 0
+    assert shared_tokens(SimpleNamespace(extra_args=None)) == 0
+    assert shared_tokens(SimpleNamespace(extra_args={"bamba_shared_tokens": 100})) == 100

@@ -1,0 +1,130 @@
+"""Which positions get a slot and which slot goes, in plain integers."""
+
+import pytest
+
+from vllm_bamba.prefix.policy import LEAST_GAIN, SPREAD_FROM, Kind, SlotTable, chunk_tokens, plan_prefill
+
+ROOT: list[str] = []
+
+
+def always(key: object) -> bool:
+    return True
+
+
+@pytest.mark.parametrize(("tokens", "end"), [(17, 16), (32, 16), (33, 32), (300, 288)])
+def test_a_prompt_leaves_its_last_unit_before_the_last_token(tokens: int, end: int) -> None:
+    assert plan_prefill(tokens, hit=0) == {end: Kind.PROMPT}
+
+
+@pytest.mark.parametrize(("tokens", "hit"), [(1, 0), (16, 0), (300, 288)])
+def test_a_prompt_leaves_nothing_where_it_adds_no_unit(tokens: int, hit: int) -> None:
+    assert plan_prefill(tokens, hit) == {}
+
+
+def test_a_parting_is_kept_only_for_its_gain() -> None:
+    assert plan_prefill(600, hit=160, junction=160 + LEAST_GAIN)[160 + LEAST_GAIN] is Kind.SHARED
+    assert plan_prefill(600, hit=160, junction=160 + LEAST_GAIN - 16) == {592: Kind.PROMPT}
+
+
+def test_a_given_shared_part_is_kept_at_its_last_whole_unit() -> None:
+    assert plan_prefill(356, hit=0, hint=250) == {240: Kind.SHARED, 352: Kind.PROMPT}
+    assert plan_prefill(356, hit=0, hint=9999) == {352: Kind.SHARED}  # no further than the prompt
+    assert plan_prefill(356, hit=240, hint=250) == {352: Kind.PROMPT}  # no further back than the hit
+
+
+def test_long_prompts_leave_some_on_the_way_where_memory_allows() -> None:
+    assert plan_prefill(SPREAD_FROM, hit=0) == {
+        1024: Kind.SPREAD, 1536: Kind.SPREAD, 1792: Kind.SPREAD, 2032: Kind.PROMPT
+    }  # fmt: skip
+    assert plan_prefill(SPREAD_FROM, hit=0, roomy=False) == {2032: Kind.PROMPT}
+    assert plan_prefill(SPREAD_FROM - 1, hit=0) == {2032: Kind.PROMPT}
+
+
+def test_a_chunk_ends_at_the_first_stop_inside_it() -> None:
+    stops = (240, 352)
+    assert chunk_tokens(0, 356, stops) == 240
+    assert chunk_tokens(240, 116, stops) == 112
+    assert chunk_tokens(352, 4, stops) == 4
+    assert chunk_tokens(0, 240, stops) == 240  # the budget ends it there anyway
+    assert chunk_tokens(100, 50, stops) == 50
+
+
+def table(capacity: int = 8) -> SlotTable:
+    return SlotTable(capacity)
+
+
+def test_prompts_that_come_once_push_out_each_other_and_not_what_is_shared() -> None:
+    slots = table()
+    slots.add("system", 256, ROOT, Kind.PROMPT, 11)
+    slots.hit("system")
+    for i in range(100):
+        slots.add(i, 20_000, ROOT, Kind.PROMPT, 30)
+        if slots.full:
+            victim = slots.victim(always, proven=True)
+            assert victim is not None
+            slots.remove(victim)
+    assert "system" in slots
+
+
+def test_the_least_value_goes_first() -> None:
+    slots = table()
+    slots.add("short", 100, ROOT, Kind.PROMPT, 11)
+    slots.add("long", 1000, ROOT, Kind.PROMPT, 12)
+    assert slots.victim(always, proven=False) == "short"
+    slots.add("longer by little", 1016, ["long"], Kind.PROMPT, 12)
+    assert slots.victim(always, proven=False) == "longer by little"  # it saves 16 tokens more than the one above it
+    slots.remove("long")
+    assert slots.victim(always, proven=False) == "short"  # now it saves 1016
+
+
+def test_age_counts() -> None:
+    slots = table(100)
+    slots.add("old", 220, ROOT, Kind.PROMPT, 11)
+    for i in range(5):
+        slots.add(i, 200, ROOT, Kind.PROMPT, 11)
+    assert slots.victim(always, proven=False) == "old"
+
+
+def test_what_was_of_use_goes_only_where_allowed_and_last() -> None:
+    slots = table()
+    slots.add("used", 16, ROOT, Kind.PROMPT, 11)
+    slots.hit("used")
+    assert slots.victim(always, proven=False) is None
+    assert slots.victim(always, proven=True) == "used"
+    slots.add("unused", 5000, ROOT, Kind.PROMPT, 20)
+    assert slots.victim(always, proven=True) == "unused"
+
+
+def test_a_busy_slot_stays() -> None:
+    slots = table()
+    slots.add("busy", 16, ROOT, Kind.PROMPT, 11)
+    assert slots.victim(lambda key: key != "busy", proven=True) is None
+
+
+def test_slots_of_use_are_at_most_three_quarters() -> None:
+    slots = table(4)
+    for i in range(4):
+        slots.add(i, 100 * (i + 1), ROOT, Kind.SHARED, 11)
+    assert [slots[i].uses for i in range(4)] == [0, 1, 1, 1]  # the fourth was one too many; the least valuable pays
+
+
+def test_a_continued_answer_counts_as_unused_unless_others_use_it() -> None:
+    slots = table()
+    for key, hits in (("one", 1), ("two", 2)):
+        slots.add(key, 100, ROOT, Kind.ANSWER, 11)
+        for _ in range(hits):
+            slots.hit(key)
+        slots.supersede(key)
+    assert slots["one"].uses == 0
+    assert slots["two"].uses == 2
+
+
+def test_removing_a_slot_ties_those_below_to_the_one_above() -> None:
+    slots = table()
+    slots.add("a", 100, ROOT, Kind.PROMPT, 11)
+    slots.add("b", 200, ["a"], Kind.PROMPT, 11)
+    slots.add("c", 300, ["a", "b"], Kind.PROMPT, 11)
+    slots.remove("b")
+    assert slots["c"].parent == "a"
+    slots.remove("a")
+    assert slots["c"].parent is None

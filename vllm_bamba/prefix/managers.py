@@ -1,0 +1,162 @@
+"""vLLM's cache managers for Bamba: states keyed exactly where they are, attention keyed at every unit.
+
+vLLM finds a manager through the type of a layer's cache specification; both are registered when this module is
+imported, in the engine and in its workers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, MambaManager, SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+from vllm.v1.request import Request
+
+from vllm_bamba.compat import add_key, key_of, register_manager
+from vllm_bamba.prefix.slots import Slots
+
+
+@dataclass(frozen=True)
+class BambaStateSpec(MambaSpec):
+    """A Mamba layer's state, one block for every `block_size` tokens."""
+
+    @property
+    def state_content_size_bytes(self) -> int:
+        """All bytes of the page: see `compat`'s table on copies that were cut short."""
+        return self.page_size_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BambaAttentionSpec(FullAttentionSpec):
+    """An attention layer's keys and values; differs from vLLM's in its manager only."""
+
+
+class BambaStateManager(MambaManager):
+    """Keys a state block where, and only where, a step ends on its last token.
+
+    The block at a position then holds the state after exactly that many tokens, and no later step writes to it.
+    """
+
+    def __init__(self, kv_cache_spec: Any, block_pool: BlockPool, **kwargs: Any):
+        super().__init__(kv_cache_spec, block_pool, **kwargs)
+        self.slots = Slots.of(block_pool)
+        self.slots.groups += 1
+
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
+    ) -> None:
+        if new_computed_blocks:
+            self.slots.hit(request_id, key_of(new_computed_blocks[-1]))
+        super().add_local_computed_blocks(request_id, new_computed_blocks, *args, **kwargs)
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        self.num_cached_block[request.request_id] = num_tokens // self.block_size
+        if num_tokens % self.block_size or num_tokens == 0:
+            return
+        hash_index = num_tokens // self.block_pool.hash_block_size - 1
+        blocks = self.req_to_blocks[request.request_id]
+        index = num_tokens // self.block_size - 1
+        if hash_index >= len(request.block_hashes) or index >= len(blocks):
+            return
+        block, key = blocks[index], request.block_hashes[hash_index]
+        if block.is_null or block.block_hash is not None or not self.slots.admits(request, num_tokens, key):
+            return
+        hashed = self.block_pool.cache_partial_block(
+            request=request,
+            block=block,
+            num_tokens=num_tokens,
+            kv_cache_group_id=self.kv_cache_group_id,
+            block_size=self.block_size,
+        )
+        assert hashed is not None
+        self.cached_blocks_this_step.add(hashed)  # computed in this step: nobody may start from it before the next
+        self.slots.add_state(key, block)
+
+
+class BambaAttentionManager(FullAttentionManager):
+    """Keys attention blocks at every unit, so that any position can be hit and every parting is seen."""
+
+    def __init__(self, kv_cache_spec: Any, block_pool: BlockPool, **kwargs: Any):
+        super().__init__(kv_cache_spec, block_pool, **kwargs)
+        self.slots = Slots.of(block_pool)
+        self.slots.attention = self
+        self.unit = 2 * block_pool.hash_block_size
+        self._keyed: dict[str, int] = {}  # tokens up to which a request's blocks have keys
+        self._step: defaultdict[str, list[KVCacheBlock]] = defaultdict(list)
+
+    def blocks_of(self, request_id: str, position: int) -> list[KVCacheBlock]:
+        """The blocks that hold the request's first `position` tokens."""
+        return self.req_to_blocks[request_id][: -(-position // self.block_size)]
+
+    def new_step_starts(self) -> None:
+        super().new_step_starts()
+        self._step.clear()
+        self.slots.new_step()
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        if num_local_computed_tokens % self.block_size and new_computed_blocks:
+            tail = new_computed_blocks[-1]
+            if any(tail is block for blocks in self._step.values() for block in blocks):
+                # this step writes the block that a hit would copy before the step: more than there is, so wait
+                return self.block_pool.num_gpu_blocks + 1
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            *args,
+            **kwargs,
+        )
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        request_id = request.request_id
+        full_before = self.num_cached_block.get(request_id, 0)
+        # not FullAttentionManager's, whose one key inside the last block would remove those that stand there
+        SingleTypeKVCacheManager.cache_blocks(self, request, num_tokens, *args, **kwargs)
+        full = self.num_cached_block.get(request_id, 0)
+        end = min(num_tokens, len(request.block_hashes) * self.block_pool.hash_block_size) // self.unit * self.unit
+        for index in range(full_before, full):  # becoming full has removed the keys inside
+            self._key(request, index, index * self.block_size, (index + 1) * self.block_size - 1)
+        if end > full * self.block_size:
+            start = max(self._keyed.get(request_id, 0), full * self.block_size)
+            self._key(request, full, start, end)
+        self._keyed[request_id] = end
+
+    def _key(self, request: Request, index: int, after: int, up_to: int) -> None:
+        """Key one block at every unit of the request's tokens after one position and up to another."""
+        block = self.req_to_blocks[request.request_id][index]
+        unit_after = (after // self.unit + 1) * self.unit
+        positions = range(unit_after, up_to + 1, self.unit)
+        for position in positions:
+            hashed = request.block_hashes[position // self.block_pool.hash_block_size - 1]
+            add_key(self.block_pool, block, hashed, self.kv_cache_group_id, position)
+        if positions:
+            self._step[request.request_id].append(block)
+
+    def keyed_in_this_step(self, request_id: str) -> list[KVCacheBlock]:
+        return self._step.get(request_id, [])
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self._keyed.pop(request_id, None)
+        blocks = super().pop_blocks_for_free(request_id)
+        self.slots.finish(request_id, blocks)
+        return blocks
+
+
+register_manager(BambaStateSpec, BambaStateManager, MambaSpec)
+register_manager(BambaAttentionSpec, BambaAttentionManager, FullAttentionSpec)

@@ -1,0 +1,157 @@
+"""When prefix-aware slots are on, and what users can set.
+
+Options of the engine, in vLLM's `additional_config` (`--additional-config '{"bamba_prefix_share": 0.5}'`):
+
+| key | default | meaning |
+|---|---|---|
+| `bamba_prefix_slots` | on CPUs true | false: vLLM's own caching, in steps of the attention block (528 tokens for 9B) |
+| `bamba_prefix_share` | 0.75 | the largest part of the cache that slots may take; requests that run come first anyway |
+
+Slots have not been run on a GPU yet: there they are off unless the option is set.
+
+vLLM's `--prefix-match-unit` sets the distance of slots in tokens, 16 by default. An answer is copied once per unit.
+
+Option of a request, in `SamplingParams(extra_args=...)`, over HTTP in `"vllm_xargs"`:
+
+| key | meaning |
+|---|---|
+| `bamba_shared_tokens` | tokens at the prompt's start that other requests will share: they hit it from the second on |
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.platforms import current_platform
+
+from vllm_bamba.prefix.policy import UNIT
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+SCHEDULER = "vllm_bamba.prefix.scheduler.build"
+
+logger = logging.getLogger("vllm.vllm_bamba")
+
+
+@dataclass(frozen=True)
+class SlotOptions:
+    """What `additional_config` says."""
+
+    on: bool = True
+    share: float = 0.75
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> SlotOptions:
+        """Read and check.
+
+        Raises:
+            ValueError: an option has a value that makes no sense.
+        """
+        given = vllm_config.additional_config
+        given = given if isinstance(given, dict) else {}
+        on = given.get("bamba_prefix_slots", current_platform.is_cpu())
+        share = given.get("bamba_prefix_share", cls.share)
+        if not isinstance(on, bool):
+            raise ValueError(f"additional_config: bamba_prefix_slots is {on!r}, expected true or false.")
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ValueError(f"additional_config: bamba_prefix_share is {share!r}, expected a number in (0, 1].")
+        return cls(on, share)
+
+
+def shared_tokens(sampling_params: Any) -> int:
+    """Tokens that the request says others will share, 0 where it says nothing that can be used."""
+    value = (getattr(sampling_params, "extra_args", None) or {}).get("bamba_shared_tokens", 0)
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def active(vllm_config: VllmConfig) -> bool:
+    """Whether this engine uses slots; the same in every one of its processes."""
+    return vllm_config.scheduler_config.scheduler_cls == SCHEDULER
+
+
+def configure(vllm_config: VllmConfig) -> None:
+    """Turn slots on, or say why there are none.
+
+    Raises:
+        ValueError: an option has a value that makes no sense, or vLLM's own caching would be wrong with it.
+    """
+    cache = vllm_config.cache_config
+    options = SlotOptions.of(vllm_config)
+    if active(vllm_config):
+        return
+    if not cache.enable_prefix_caching:
+        logger.warning("Prefix caching is off by option: every request computes its whole prompt.")
+        return
+    if reason := _obstacle(vllm_config):
+        options = SlotOptions(on=False)
+        logger.warning("Prefixes are cached in steps of the attention block only: %s.", reason)
+    if not options.on:
+        if cache.prefix_match_unit is not None:
+            raise ValueError(
+                "--prefix-match-unit without prefix-aware slots would resume from wrong states "
+                "(vLLM 0.32 and 0.33): leave it out."
+            )
+        return
+    unit = cache.prefix_match_unit or UNIT
+    if unit % 2:
+        raise ValueError(f"--prefix-match-unit {unit}: expected an even number of tokens.")
+    if vllm_config.model_config.max_model_len <= unit:
+        logger.warning(
+            "No prefix can be hit: the context of %d tokens is not longer than a unit of %d.",
+            vllm_config.model_config.max_model_len,
+            unit,
+        )
+    # vLLM finds hits inside of attention blocks only where hashes are finer than the state's block
+    cache.prefix_match_unit = unit // 2
+    vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+
+
+def _obstacle(vllm_config: VllmConfig) -> str | None:
+    """What slots have not been made or tried with."""
+    parallel, events = vllm_config.parallel_config, vllm_config.kv_events_config
+    reasons = {
+        "another scheduler class is set": vllm_config.scheduler_config.scheduler_cls is not None,
+        "drafts of speculative decoding skip positions": vllm_config.speculative_config is not None,
+        "a KV connector moves blocks itself": vllm_config.kv_transfer_config is not None,
+        "KV-cache events are on": events is not None and events.enable_kv_cache_events,
+        "context parallelism splits blocks": parallel.decode_context_parallel_size > 1
+        or parallel.prefill_context_parallel_size > 1,
+        "prefix_cache_retention_interval is set": bool(vllm_config.cache_config.prefix_cache_retention_interval),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def state_spec(spec: KVCacheSpec, vllm_config: VllmConfig) -> KVCacheSpec:
+    """A Mamba layer's cache specification: with slots, one that has a block for every unit."""
+    from vllm_bamba.compat import replace_spec, set_state_block
+
+    cache = vllm_config.cache_config
+    if not active(vllm_config):
+        if cache.enable_prefix_caching and vllm_config.model_config.max_model_len <= spec.block_size:
+            logger.warning(
+                "No prefix can be hit: the context of %d tokens is not longer than a block of %d.",
+                vllm_config.model_config.max_model_len,
+                spec.block_size,
+            )
+        return spec
+    from vllm_bamba.prefix.managers import BambaStateSpec
+
+    assert cache.prefix_match_unit is not None
+    unit = 2 * cache.prefix_match_unit
+    set_state_block(vllm_config, unit)
+    return replace_spec(BambaStateSpec, spec, block_size=unit)
+
+
+def attention_spec(spec: KVCacheSpec | None, vllm_config: VllmConfig) -> KVCacheSpec | None:
+    """An attention layer's cache specification: with slots, one whose blocks have keys at every unit."""
+    from vllm_bamba.compat import replace_spec
+
+    if spec is None or not active(vllm_config):
+        return spec
+    from vllm_bamba.prefix.managers import BambaAttentionSpec
+
+    return replace_spec(BambaAttentionSpec, spec)

@@ -1,0 +1,196 @@
+"""Which token positions get a slot and which slot goes when memory is short: plain integers, no vLLM.
+
+The rule, in full:
+
+- A prefill leaves a slot at the end of its prompt, at the end of the part that it shares with others (known because
+  an earlier prompt parts there, or because the request says so), and, where it has at least `SPREAD_FROM` tokens to
+  compute and half of the slots are free, at `SPREAD` of its length.
+- A position where prompts part gets one only if it saves `LEAST_GAIN` tokens, since stopping a prefill there costs a
+  step.
+- A running answer keeps one slot, at its newest boundary.
+- A slot that was never of use goes before any that was; among equals the one of least value goes, which is
+  `tokens saved x (1 + uses) / (age x blocks)`. Tokens saved are those since the next slot up the same text; age counts
+  the slots that were added or hit since this one last was. So prompts that come once push out each other, never the
+  system prompt that many share.
+- Slots that were of use are at most `PROVEN` of all; beyond that the least valuable counts as unused again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+Key = Hashable
+
+UNIT = 16  # tokens: slots lie at multiples of it, hits too
+LEAST_GAIN = 128  # tokens: about 4 ms of prefill on an H200, one step
+SPREAD_FROM = 2048  # tokens
+SPREAD = ((1, 2), (3, 4), (7, 8))
+PROVEN = (3, 4)
+_SCALE = 1 << 20  # keeps the values' fractions in integers
+
+
+class Kind(Enum):
+    """Why a position has a slot."""
+
+    PROMPT = "end of a prompt"
+    SHARED = "end of what several requests share"
+    SPREAD = "on the way of a long prompt"
+    ANSWER = "newest boundary of an answer"
+
+
+def plan_prefill(
+    tokens: int, hit: int, junction: int = 0, hint: int = 0, unit: int = UNIT, roomy: bool = True
+) -> dict[int, Kind]:
+    """Positions, in tokens, at which a prefill leaves a slot.
+
+    Args:
+        tokens: length of the prompt (of a resumed request: of all that it has).
+        hit: tokens that the cache gives it; computing starts there.
+        junction: where an earlier prompt parts from this one, 0 where none is known beyond `hit`.
+        hint: length of the shared part as the request gives it, 0 without.
+        unit: tokens between possible positions.
+        roomy: whether there is memory for the positions on the way.
+    """
+    last = (tokens - 1) // unit * unit  # the last token is computed again, for its logits
+    plan: dict[int, Kind] = {}
+    if roomy and tokens - hit >= SPREAD_FROM:
+        for numerator, denominator in SPREAD:
+            position = -(-tokens * numerator // (denominator * unit)) * unit
+            if position - hit >= LEAST_GAIN:
+                plan[position] = Kind.SPREAD
+    plan[last] = Kind.PROMPT
+    if junction - hit >= LEAST_GAIN:
+        plan[junction // unit * unit] = Kind.SHARED
+    if hint:
+        plan[min(hint // unit * unit, last)] = Kind.SHARED
+    return {position: plan[position] for position in sorted(plan) if hit < position <= last}
+
+
+def chunk_tokens(start: int, tokens: int, stops: Iterable[int]) -> int:
+    """Tokens of a prefill chunk that starts at `start` and may have `tokens`: up to the first stop inside it."""
+    return min((stop - start for stop in stops if start < stop < start + tokens), default=tokens)
+
+
+@dataclass
+class Slot:
+    """A state in the cache.
+
+    Attributes:
+        position: tokens before it.
+        parent: the next slot up the same text, None where there is none.
+        blocks: memory that goes with it.
+        last: the clock when it was last added or hit.
+        uses: requests that started from it, plus one where it is known to be shared.
+    """
+
+    position: int
+    parent: Key | None
+    kind: Kind
+    blocks: int
+    last: int
+    uses: int = 0
+    children: set[Key] = field(default_factory=set)
+
+
+class SlotTable:
+    """The slots in the cache, and which of them to give up.
+
+    Args:
+        capacity: the most slots that may exist.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self._slots: dict[Key, Slot] = {}
+        self._clock = 0
+        self._proven = 0
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._slots
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __getitem__(self, key: Key) -> Slot:
+        return self._slots[key]
+
+    @property
+    def full(self) -> bool:
+        return len(self._slots) >= self.capacity
+
+    @property
+    def roomy(self) -> bool:
+        return 2 * len(self._slots) < self.capacity
+
+    def add(self, key: Key, position: int, lineage: Iterable[Key], kind: Kind, blocks: int) -> None:
+        """Enter a slot.
+
+        Args:
+            key: names the text before it.
+            position: tokens of that text.
+            lineage: keys of slots up the same text, those that are gone included.
+            kind: why it is there.
+            blocks: memory that goes with it.
+        """
+        above = [k for k in lineage if k in self._slots and self._slots[k].position < position]
+        parent = max(above, key=lambda k: self._slots[k].position, default=None)
+        self._clock += 1
+        self._slots[key] = Slot(position, parent, kind, blocks, self._clock)
+        if parent is not None:
+            self._slots[parent].children.add(key)
+        if kind is Kind.SHARED:
+            self._prove(key)
+
+    def hit(self, key: Key) -> None:
+        """A request starts from this slot."""
+        self._clock += 1
+        self._slots[key].last = self._clock
+        self._prove(key)
+
+    def supersede(self, key: Key) -> None:
+        """The one request that started from this slot has left a later one: it counts as unused again."""
+        if key in self._slots and self._slots[key].uses == 1:
+            self._slots[key].uses = 0
+            self._proven -= 1
+
+    def remove(self, key: Key) -> None:
+        slot = self._slots.pop(key)
+        self._proven -= slot.uses > 0
+        if slot.parent is not None:
+            self._slots[slot.parent].children.discard(key)
+        for child in slot.children:
+            self._slots[child].parent = slot.parent
+            if slot.parent is not None:
+                self._slots[slot.parent].children.add(child)
+
+    def value(self, key: Key) -> int:
+        slot = self._slots[key]
+        saved = slot.position - (self._slots[slot.parent].position if slot.parent is not None else 0)
+        age = 1 + self._clock - slot.last
+        return saved * (1 + slot.uses) * _SCALE // (age * slot.blocks)
+
+    def victim(self, idle: Callable[[Key], bool], proven: bool) -> Key | None:
+        """The slot to give up first, None where there is none.
+
+        Args:
+            idle: whether giving up this slot would free memory now.
+            proven: whether one that was of use may go too, if there is no other.
+        """
+        candidates = [key for key, slot in self._slots.items() if not slot.uses and idle(key)]
+        if not candidates and proven:
+            candidates = [key for key in self._slots if idle(key)]
+        return min(candidates, key=self.value, default=None)
+
+    def _prove(self, key: Key) -> None:
+        slot = self._slots[key]
+        slot.uses += 1
+        if slot.uses > 1:
+            return
+        self._proven += 1
+        numerator, denominator = PROVEN
+        if self._proven * denominator > self.capacity * numerator:
+            proven = [k for k, s in self._slots.items() if s.uses]
+            self._slots[min(proven, key=self.value)].uses = 0
+            self._proven -= 1

@@ -1,0 +1,73 @@
+"""vLLM's schedulers, whose prefills stop exactly where a slot is wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from vllm_bamba.prefix.options import SlotOptions, shared_tokens
+from vllm_bamba.prefix.policy import chunk_tokens, plan_prefill
+from vllm_bamba.prefix.slots import Slots
+
+
+class PrefixAware(Scheduler):
+    """What both schedulers have in common."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.slots = Slots.of(self.kv_cache_manager.block_pool)
+        self.slots.limit(SlotOptions.of(self.vllm_config).share)
+
+    def _mamba_block_aligned_split(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        """Tokens of this step's chunk.
+
+        Unlike vLLM's it need not end on a block's last token: `BambaStateManager` keys what does and nothing else.
+        """
+        start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
+        if start >= max(request.num_prompt_tokens, request.num_tokens - 1):
+            return num_new_tokens
+        if request.num_computed_tokens == 0:
+            self.slots.plans[request.request_id] = plan_prefill(
+                request.num_tokens,
+                start,
+                junction=request.shared_prefix_boundary,
+                hint=shared_tokens(request.sampling_params),
+                unit=2 * self.hash_block_size,
+                roomy=self.slots.table.roomy,
+            )
+        return chunk_tokens(start, num_new_tokens, self.slots.plans.get(request.request_id, ()))
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        attention = self.slots.attention
+        assert attention is not None
+        self.slots.withdraw(request.request_id, attention.keyed_in_this_step(request.request_id))
+        super()._preempt_request(request, *args, **kwargs)
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        done = super().reset_prefix_cache(*args, **kwargs)
+        if done:
+            self.slots.clear()
+        return done
+
+
+class PrefixAwareScheduler(PrefixAware):
+    """Each step is scheduled when the one before is done."""
+
+
+class PrefixAwareAsyncScheduler(PrefixAware, AsyncScheduler):
+    """The next step is scheduled while one runs."""
+
+
+def build(vllm_config: Any, **kwargs: Any) -> PrefixAware:
+    """The scheduler for this configuration; vLLM's `scheduler_cls` names this function."""
+    kind = PrefixAwareAsyncScheduler if vllm_config.scheduler_config.async_scheduling else PrefixAwareScheduler
+    return kind(vllm_config=vllm_config, **kwargs)

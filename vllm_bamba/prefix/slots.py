@@ -1,0 +1,184 @@
+"""The slots of one engine: which of vLLM's blocks each one holds.
+
+A slot is one state block of every Mamba group and the attention blocks of the text before it. They live and die
+together: a slot that goes takes along every attention block that no other slot and no request needs, and what has
+gone stands first in the queue of free blocks, so that nothing of use is taken while something useless is left.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING, Any
+
+from vllm_bamba.compat import before_allocation, free_blocks_in_order, move_to_front, remove_keys
+from vllm_bamba.prefix.policy import Key, Kind, SlotTable
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
+
+    from vllm_bamba.prefix.managers import BambaAttentionManager
+
+
+class Slots:
+    """What the managers of all groups and the scheduler share."""
+
+    def __init__(self, pool: BlockPool):
+        self.pool = pool
+        self.groups = 0
+        self.attention: BambaAttentionManager | None = None
+        self.table = SlotTable(0)
+        self.plans: dict[str, dict[int, Kind]] = {}
+        self._states: dict[Key, list[KVCacheBlock]] = {}
+        self._texts: dict[Key, list[KVCacheBlock]] = {}
+        self._needed: Counter[int] = Counter()  # attention block id -> slots
+        self._lineage: defaultdict[str, list[Key]] = defaultdict(list)
+        self._newest: dict[str, Key] = {}  # of each answer
+        self._step: defaultdict[str, list[Key]] = defaultdict(list)
+        self._decided: tuple[str, int, bool] = ("", 0, False)
+        before_allocation(pool, self.make_room)
+
+    @classmethod
+    def of(cls, pool: Any) -> Slots:
+        """The one that belongs to a block pool."""
+        if not hasattr(pool, "bamba_slots"):
+            pool.bamba_slots = cls(pool)
+        return pool.bamba_slots
+
+    def limit(self, share: float) -> None:
+        """Let states take at most this share of the cache's blocks."""
+        self.table.capacity = int(self.pool.num_gpu_blocks * share) // self.groups
+
+    # a request's way through the scheduler
+
+    def new_step(self) -> None:
+        self._step.clear()
+        self._decided = ("", 0, False)
+
+    def hit(self, request_id: str, key: Key) -> None:
+        """The request is admitted and starts from this slot."""
+        if key in self.table and self._lineage[request_id] != [key]:
+            self._lineage[request_id] = [key]
+            self.table.hit(key)
+
+    def admits(self, request: Request, position: int, key: Key) -> bool:
+        """Whether the state at this position becomes a slot; all groups of a position get the same answer."""
+        asked = (request.request_id, position)
+        if self._decided[:2] != asked or (self._decided[2] and key not in self._states):
+            self._decided = (*asked, self._admit(request, position, key))
+        return self._decided[2]
+
+    def add_state(self, key: Key, block: KVCacheBlock) -> None:
+        self._states[key].append(block)
+
+    def finish(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
+        """The request is about to give back its attention blocks: those that no slot needs lose their keys."""
+        for block in blocks:
+            if not block.is_null and block.ref_cnt == 1 and not self._needed[block.block_id]:
+                remove_keys(self.pool, block)
+        for of_request in (self.plans, self._lineage, self._newest):
+            of_request.pop(request_id, None)
+
+    def withdraw(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
+        """Take back what a request was scheduled to compute in this step, which it will not do.
+
+        Args:
+            request_id: the request.
+            blocks: attention blocks that got keys for it in this step.
+        """
+        for key in self._step.pop(request_id, ()):
+            if key in self.table:
+                self._drop(key)
+        for block in blocks:
+            self._drop_owners(block)
+            self._forget(block)
+
+    def clear(self) -> None:
+        """vLLM has emptied its prefix cache."""
+        for key in list(self._states):
+            self._drop(key)
+
+    # memory
+
+    def make_room(self, wanted: int) -> None:
+        """Give up slots until the first `wanted` free blocks hold nothing of use, or nothing can be done."""
+        while (block := self._keyed_among(wanted)) is not None:
+            victim = self.table.victim(self._idle, proven=True)
+            if victim is not None:
+                self._drop(victim)
+            else:
+                self._drop_owners(block)
+                self._forget(block)
+
+    def _admit(self, request: Request, position: int, key: Key) -> bool:
+        request_id = request.request_id
+        kind = self.plans.get(request_id, {}).get(position)
+        if kind is None and position > request.num_prompt_tokens:
+            kind = Kind.ANSWER
+        if kind is None or self.attention is None:
+            return False
+        if key in self.table:  # another request has just left it there
+            self._lineage[request_id].append(key)
+            return False
+        if kind is Kind.ANSWER:
+            self._retire_answers(request_id)
+        while self.table.full:
+            victim = self.table.victim(self._idle, proven=False)
+            if victim is None:
+                return False
+            self._drop(victim)
+        lineage = self._lineage[request_id]
+        text = self.attention.blocks_of(request_id, position)
+        alone = sum(not self._needed[block.block_id] for block in text)
+        self.table.add(key, position, lineage, kind, self.groups + alone)
+        lineage.append(key)
+        self._states[key] = []
+        self._texts[key] = text
+        self._needed.update(block.block_id for block in text)
+        self._step[request_id].append(key)
+        if kind is Kind.ANSWER:
+            self._newest[request_id] = key
+        return True
+
+    def _retire_answers(self, request_id: str) -> None:
+        """An answer has reached a new boundary: its own last slot goes, and the turn before counts as continued."""
+        newest = self._newest.pop(request_id, None)
+        if newest is None:
+            for key in self._lineage[request_id][:1]:
+                if key in self.table and self.table[key].kind is Kind.ANSWER:
+                    self.table.supersede(key)
+        elif newest in self.table and not self.table[newest].uses:
+            self._drop(newest)
+            self._lineage[request_id].remove(newest)
+
+    def _idle(self, key: Key) -> bool:
+        return any(block.ref_cnt == 0 for block in self._states[key])
+
+    def _keyed_among(self, wanted: int) -> KVCacheBlock | None:
+        """The first of the next `wanted` free blocks that has a key."""
+        for _, block in zip(range(wanted), free_blocks_in_order(self.pool), strict=False):
+            if block.block_hash is not None:
+                return block
+        return None
+
+    def _drop(self, key: Key) -> None:
+        self.table.remove(key)
+        for block in self._states.pop(key):
+            self._forget(block)
+        for block in self._texts.pop(key):
+            self._needed[block.block_id] -= 1
+            if not self._needed[block.block_id]:
+                del self._needed[block.block_id]
+                if block.ref_cnt == 0:
+                    self._forget(block)
+
+    def _drop_owners(self, block: KVCacheBlock) -> None:
+        for key in [k for k in self._states if block in self._states[k] or block in self._texts[k]]:
+            self._drop(key)
+
+    def _forget(self, block: KVCacheBlock) -> None:
+        if block.block_hash is not None:
+            remove_keys(self.pool, block)
+            if block.ref_cnt == 0:
+                move_to_front(self.pool, block)

@@ -101,7 +101,7 @@ def test_batches_of_mixed_lengths_equal_one_request_at_a_time(tmp_path):
 
 @pytest.mark.parametrize("budget", [5, 16, 19, 64])
 def test_chunked_prefill_at_awkward_sizes_equals_whole(budget, tmp_path):
-    path = save_random(tmp_path)
+    path = save_random(tmp_path, shard_size="100KB")  # and from a checkpoint in shards
     prompts = random_prompts([1, 18, 37, 64, 101])
     with Engine(path, max_num_batched_tokens=budget, max_num_seqs=4, enable_prefix_caching=False) as engine:
         chunked = engine.answers(prompts, prompt_logprobs=False)

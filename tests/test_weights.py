@@ -250,6 +250,16 @@ def test_a_missing_weight_is_named_as_the_checkpoint_would(name: str) -> None:
     assert "Left over" not in str(error.value)
 
 
+def test_a_model_that_is_complete_takes_some_weights_but_none_left_over() -> None:
+    model, shape, state = prepared()
+    load_weights(model, shape, state.items())
+    name = "model.final_layernorm.weight"
+    assert load_weights(model, shape, [(name, 3 * state[name])], partial=True) == {name}
+    assert torch.equal(dict(model.named_parameters())[name], 3 * state[name])
+    with pytest.raises(ValueError, match="Left over 1: model.other"):
+        load_weights(model, shape, [("model.other", torch.ones(1))], partial=True)
+
+
 def test_weights_left_over_and_missing_are_counted_and_named() -> None:
     model, shape, state = prepared(mamba_conv_bias=True)
     extra = {f"model.layers.0.mamba.extra{i}": torch.ones(1) for i in range(10)}

@@ -1,9 +1,10 @@
 """Every touch of a vLLM internal that may move: what it is, why it is needed, where it was seen, when it can go.
 
 Imports of vLLM's documented building blocks (`Attention`, the linear layers, `RMSNorm`, `MambaBase`, ...) stand in the
-modules that use them; what a model outside vLLM's tree would not normally touch stands here.
+modules that use them; what a model outside vLLM's tree would not normally touch stands here, but for the methods that
+`prefix/managers.py`, `prefix/scheduler.py` and `lora.py` override.
 
-Each was seen in 0.32 and 0.33, unless it says otherwise.
+Each was read in 0.32 and 0.33, unless it says otherwise, and run in 0.32.
 
 `MODELS_CONFIG_MAP` (in `register`)
     Checks before weights are loaded. Goes when vLLM has a public hook.
@@ -166,8 +167,8 @@ def _mask_rows_without_adapter() -> None:
     """Keep adapters away from requests that asked for none.
 
     vLLM 0.32's CPU operators take the index of such a row, -1, for the last adapter, so a request without an adapter
-    in a batch with others gets one. Every path to an adapter shrinks the input first, and a row of zeros shrinks to
-    zeros. Fixed in 0.33; goes with 0.32.
+    in a batch with others gets one. The path to an adapter of a projection shrinks the input first, and a row of zeros
+    shrinks to zeros. Fixed in 0.33; goes with 0.32.
     """
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu

@@ -159,7 +159,7 @@ class BambaMixer(nn.Module, MambaBase):
         """Convolution and recurrence of x, B, C and dt, [tokens, in_proj rows], into output [tokens, channels].
 
         Called by `mix_opaquely`, which fixes the names. Decode tokens come first, then prefill tokens, then, in a
-        padded batch, rows that nobody reads.
+        padded batch, rows of no token.
         """
         batch = get_forward_context().attn_metadata
         metadata = batch.get(self.prefix) if batch is not None else None
@@ -168,13 +168,15 @@ class BambaMixer(nn.Module, MambaBase):
             output.zero_()
             return
         decode, prefill = plan_batch(metadata)
-        start = 0
+        end = 0
         if decode is not None:
-            start = decode.num_tokens
-            self._decode(projected_states[:start], decode, output[:start])
+            end = decode.num_tokens
+            self._decode(projected_states[:end], decode, output[:end])
         if prefill is not None:
-            rows = slice(start, start + prefill.num_tokens)
+            rows = slice(end, end + prefill.num_tokens)
+            end = rows.stop
             self._prefill(projected_states[rows], prefill, output[rows])
+        output[end:].zero_()  # padding: a NaN there would reach all rows through a dynamic fp8 scale
 
     def _decode(self, projected: torch.Tensor, plan: DecodePlan, output: torch.Tensor) -> None:
         conv_state, ssm_state = channels_first(self.kv_cache[0]), self.kv_cache[1]

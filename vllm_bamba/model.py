@@ -239,12 +239,12 @@ class BambaForCausalLM(
     packed_modules_mapping = {  # noqa: RUF012  vLLM's interface: fused module -> the checkpoint's, in order
         fused: [name for name, (into, _) in STACKED.items() if into == fused] for fused in ("qkv_proj", "gate_up_proj")
     }
-    embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}  # noqa: RUF012
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         self.config = vllm_config.model_config.hf_config
         self.shape = BambaShape.from_hf(self.config)
+        self.complete = False  # whether all weights have been loaded once; later loads may bring some
         if vllm_config.lora_config is not None:
             from vllm_bamba.lora import InProjectionWithLoRA
 
@@ -280,7 +280,9 @@ class BambaForCausalLM(
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return load_weights(self, self.shape, weights)
+        loaded = load_weights(self, self.shape, weights, partial=self.complete)
+        self.complete = True
+        return loaded
 
     # what vLLM's state manager asks before there is a model
 

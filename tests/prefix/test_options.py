@@ -54,6 +54,11 @@ def test_the_unit_can_be_chosen() -> None:
     assert made.cache_config.prefix_match_unit == 24
 
 
+def test_a_mistyped_option_is_named_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"bamba_prefix_slot unknown, there are bamba_prefix_slots"):
+        SlotOptions.of(config(additional_config={"bamba_prefix_slot": True, "of_others": 1}))
+
+
 @pytest.mark.parametrize("cpu", [True, False], ids=["cpu", "gpu"])
 def test_where_they_have_not_been_run_slots_are_on_by_option_only(cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: cpu)

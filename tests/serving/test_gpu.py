@@ -49,6 +49,20 @@ def test_chunked_prefill_equals_transformers(tiny):
     check_low_precision(answers, *references(tiny))
 
 
+def test_adapter_equals_merged_model_and_leaves_other_requests_alone(tmp_path):
+    from test_lora import PROJECTIONS, save_adapter
+    from vllm.lora.request import LoRARequest
+
+    path = save_random(tmp_path / "base", **WIDE)
+    merged = save_adapter(path, str(tmp_path / "adapter"), PROJECTIONS)
+    merged.save_pretrained(tmp_path / "merged")
+    requests = [None, LoRARequest("adapter", 1, str(tmp_path / "adapter"))] * 2
+    with Engine(path, **DEFAULTS, enable_lora=True, max_lora_rank=8) as engine:
+        answers = engine.answers(random_prompts([1, 5, 20, 33]), 24, prompt_logprobs=False, lora_request=requests)
+    check_low_precision(answers[0::2], *references(path))
+    check_low_precision(answers[1::2], *references(str(tmp_path / "merged")))
+
+
 @pytest.mark.gpu2
 @pytest.mark.parametrize("split", ["tensor_parallel_size", "pipeline_parallel_size"])
 def test_two_gpus_equal_transformers(split, tiny):

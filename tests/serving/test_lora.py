@@ -61,6 +61,30 @@ def test_adapter_equals_merged_model(targets, tmp_path):
     check(path, str(tmp_path / "adapter"), merged)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_warm_up_adapter_of_fewer_rows_is_passed_on_and_a_real_one_refused(size, monkeypatch):
+    """Before it captures CUDA graphs vLLM sets adapters of zeros, as long as one rank's part of the first slice."""
+    from types import SimpleNamespace
+
+    from vllm_bamba import lora
+    from vllm_bamba.mixer import InProjection
+    from vllm_bamba.sharding import MixerShard
+
+    shard = MixerShard(heads=4, head_dim=8, groups=1, state=16, size=size)
+    layer = lora.InProjectionWithLoRA.__new__(lora.InProjectionWithLoRA)
+    base = SimpleNamespace(shard=shard, with_copies=lambda loaded, dim: InProjection.with_copies(base, loaded, dim))
+    layer.__dict__["base_layer"] = base
+    given = []
+    parent = lora.MergedColumnParallelLinearVariableSliceWithLoRA
+    monkeypatch.setattr(parent, "set_lora", lambda self, index, a, b: given.append(b))
+    rows, a = shard.in_proj_sources[-1].stop, torch.zeros(2, 6)
+    layer.set_lora(0, a, torch.zeros(32 // size, 2))
+    layer.set_lora(0, a, torch.ones(rows, 2))
+    assert [len(b) for b in given] == [32 // size, sum(shard.in_proj_sizes)]
+    with pytest.raises(ValueError, match="lora_B of in_proj"):
+        layer.set_lora(0, a, torch.ones(rows - 1, 2))
+
+
 @pytest.mark.multiprocess
 def test_adapter_follows_groups_that_are_copied_to_both_ranks(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")

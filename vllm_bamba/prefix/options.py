@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.platforms import current_platform
 
@@ -41,6 +41,7 @@ logger = logging.getLogger("vllm.vllm_bamba")
 class SlotOptions:
     """What `additional_config` says."""
 
+    KEYS: ClassVar = ("bamba_prefix_slots", "bamba_prefix_share")
     on: bool = True
     share: float = 0.75
 
@@ -53,6 +54,9 @@ class SlotOptions:
         """
         given = vllm_config.additional_config
         given = given if isinstance(given, dict) else {}
+        unknown = sorted(k for k in given if k.startswith("bamba_") and k not in cls.KEYS)
+        if unknown:
+            raise ValueError(f"additional_config: {', '.join(unknown)} unknown, there are {', '.join(cls.KEYS)}.")
         on = given.get("bamba_prefix_slots", current_platform.is_cpu())
         share = given.get("bamba_prefix_share", cls.share)
         if not isinstance(on, bool):
@@ -92,8 +96,8 @@ def configure(vllm_config: VllmConfig) -> None:
     if not options.on:
         if cache.prefix_match_unit is not None:
             raise ValueError(
-                "--prefix-match-unit without prefix-aware slots would resume from wrong states "
-                "(vLLM 0.32 and 0.33): leave it out."
+                "--prefix-match-unit without prefix-aware slots can resume from wrong states "
+                "(vLLM 0.32 and 0.33): leave it out, or turn bamba_prefix_slots on."
             )
         return
     unit = cache.prefix_match_unit or UNIT

@@ -256,7 +256,7 @@ def test_a_model_that_is_complete_takes_some_weights_but_none_left_over() -> Non
     name = "model.final_layernorm.weight"
     assert load_weights(model, shape, [(name, 3 * state[name])], partial=True) == {name}
     assert torch.equal(dict(model.named_parameters())[name], 3 * state[name])
-    with pytest.raises(ValueError, match="Left over 1: model.other"):
+    with pytest.raises(ValueError, match=r"Left over 1: model\.other"):
         load_weights(model, shape, [("model.other", torch.ones(1))], partial=True)
 
 

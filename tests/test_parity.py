@@ -123,7 +123,7 @@ def test_compiled_model_equals_transformers(tmp_path):
 
 def test_preempted_and_resumed_requests_equal_undisturbed_ones(tmp_path, monkeypatch):
     path = save_random(tmp_path)
-    with Engine(path) as engine:
+    with Engine(path, enable_prefix_caching=False) as engine:
         block = engine.llm.llm_engine.vllm_config.cache_config.block_size
         prompts = random_prompts([block // 2 + i for i in range(4)])
         undisturbed = engine.answers(prompts, block, prompt_logprobs=False)

@@ -201,5 +201,5 @@ class BambaServingConfig(VerifyAndUpdateConfig):
         )
         check_options(vllm_config)
         choose_state_dtype(vllm_config)
-        configure(vllm_config)
+        configure(vllm_config, has_attention=bool(shape.attention_layers))
         check_files(vllm_config.model_config.model, vllm_config.load_config.load_format)

@@ -48,6 +48,13 @@ def test_slots_are_on_by_default(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.text == ""
 
 
+def test_a_model_without_attention_is_left_to_vllm(caplog: pytest.LogCaptureFixture) -> None:
+    made = config()
+    configure(made, has_attention=False)
+    assert made.scheduler_config.scheduler_cls is None
+    assert "no attention layer" in caplog.text
+
+
 def test_the_unit_can_be_chosen() -> None:
     made = config(cache_config__prefix_match_unit=48)
     configure(made)

@@ -77,8 +77,8 @@ def active(vllm_config: VllmConfig) -> bool:
     return vllm_config.scheduler_config.scheduler_cls == SCHEDULER
 
 
-def configure(vllm_config: VllmConfig) -> None:
-    """Turn slots on, or say why there are none.
+def configure(vllm_config: VllmConfig, has_attention: bool = True) -> None:
+    """Turn slots on, or say why there are none; `has_attention`: whether the model has an attention layer.
 
     Raises:
         ValueError: an option has a value that makes no sense, or vLLM's own caching would be wrong with it.
@@ -90,7 +90,7 @@ def configure(vllm_config: VllmConfig) -> None:
     if not cache.enable_prefix_caching:
         logger.warning("Prefix caching is off by option: every request computes its whole prompt.")
         return
-    if reason := _obstacle(vllm_config):
+    if reason := _obstacle(vllm_config, has_attention):
         options = SlotOptions(on=False)
         logger.warning("Prefixes are cached in steps of the attention block only: %s.", reason)
     if not options.on:
@@ -114,10 +114,11 @@ def configure(vllm_config: VllmConfig) -> None:
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
 
 
-def _obstacle(vllm_config: VllmConfig) -> str | None:
+def _obstacle(vllm_config: VllmConfig, has_attention: bool) -> str | None:
     """What slots have not been made or tried with."""
     parallel, events = vllm_config.parallel_config, vllm_config.kv_events_config
     reasons = {
+        "the model has no attention layer": not has_attention,
         "another scheduler class is set": vllm_config.scheduler_config.scheduler_cls is not None,
         "drafts of speculative decoding skip positions": vllm_config.speculative_config is not None,
         "a KV connector moves blocks itself": vllm_config.kv_transfer_config is not None,

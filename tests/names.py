@@ -1,37 +1,36 @@
-"""mamba_ssm's original names for a checkpoint with Transformers' names, written down without the package's table."""
+"""mamba_ssm's original names for a checkpoint, written down without the package's table."""
 
 import torch
 
 
-def to_original_names(weights: dict[str, torch.Tensor], attention_layers: set[int]) -> None:
-    """Rename and stack `weights` in place."""
-    for name in list(weights):
-        tensor = weights.pop(name)
-        weights[_original(name, attention_layers)] = tensor
-    for name in [n for n in weights if n.endswith(".mixer.q_proj.weight")]:
-        stem = name.removesuffix("q_proj.weight")
-        parts = [weights.pop(f"{stem}{p}_proj.weight") for p in "qkv"]
-        weights[f"{stem}in_proj.weight"] = torch.cat(parts)
-    for name in [n for n in weights if n.endswith(".mlp.up_proj.weight")]:
-        stem = name.removesuffix("up_proj.weight")
-        parts = [weights.pop(f"{stem}{p}_proj.weight") for p in ("up", "gate")]
-        weights[f"{stem}fc1.weight"] = torch.cat(parts)
-
-
-def _original(name: str, attention_layers: set[int]) -> str:
-    if name == "lm_head.weight":
-        return name
-    name = name.replace("model.", "backbone.", 1)
-    for new, old in (
-        ("embed_tokens", "embedding"),
-        ("final_layernorm", "norm_f"),
-        ("input_layernorm", "norm"),
-        ("pre_ff_layernorm", "norm2"),
-        ("feed_forward", "mlp"),
-        ("down_proj", "fc2"),
-        (".mamba.", ".mixer."),
-        ("self_attn.o_proj", "mixer.out_proj"),
-        ("self_attn", "mixer"),
-    ):
-        name = name.replace(new, old)
-    return name
+def in_mamba_ssms_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weights as mamba_ssm stores them: q, k, v and up, gate stacked, modules under their old names."""
+    plain = {
+        "model.embed_tokens.": "backbone.embedding.",
+        "model.final_layernorm.": "backbone.norm_f.",
+        "model.layers.": "backbone.layers.",
+        ".input_layernorm.": ".norm.",
+        ".pre_ff_layernorm.": ".norm2.",
+        ".feed_forward.down_proj.": ".mlp.fc2.",
+        ".self_attn.o_proj.": ".mixer.out_proj.",
+        ".mamba.": ".mixer.",
+    }
+    stacked = {
+        (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj."): ".mixer.in_proj.",
+        (".feed_forward.up_proj.", ".feed_forward.gate_proj."): ".mlp.fc1.",
+    }
+    original = {}
+    for name, tensor in state.items():
+        for parts, whole in stacked.items():
+            if parts[0] in name:
+                name, tensor = (
+                    name.replace(parts[0], whole),
+                    torch.cat([state[name.replace(parts[0], p)] for p in parts]),
+                )
+            elif any(part in name for part in parts[1:]):
+                name = ""
+        for new, old in plain.items():
+            name = name.replace(new, old)
+        if name:
+            original[name] = tensor
+    return original

@@ -116,12 +116,18 @@ def test_prompt_beyond_the_context_is_refused_and_the_next_request_served(tmp_pa
 
 
 def test_original_mamba_ssm_names_load_to_the_same_model(tmp_path):
-    from names import to_original_names
+    from names import in_mamba_ssms_names
     from parity import assert_same
 
     path = save_random(tmp_path / "current")
     original = save_random(tmp_path / "original")
-    edit_weights(original, lambda weights: to_original_names(weights, attention_layers={1, 3}))
+
+    def rename(weights):
+        renamed = in_mamba_ssms_names(weights)
+        weights.clear()
+        weights.update(renamed)
+
+    edit_weights(original, rename)
     prompts = random_prompts([20, 3])
     with Engine(path) as engine:
         expected = engine.answers(prompts)

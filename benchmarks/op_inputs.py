@@ -57,8 +57,12 @@ class Problem:
         """A slot a sequence, in random order as after hours of serving; 0 stays free for padding."""
         return (1 + torch.randperm(self.tokens, generator=self._generator, device=self.device)).int()
 
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each sequence, all different: what is done every so many tokens does not fall on one step."""
+        return torch.arange(1000, 1000 + self.tokens, dtype=torch.int32, device=self.device)
+
     def decode_plan(self) -> DecodePlan:
-        return DecodePlan(self.tokens, self.slots()[:, None], None, None)
+        return DecodePlan(self.tokens, self.slots()[:, None], self.lengths(), None, None)
 
     def prefill_plan(self) -> PrefillPlan:
         """One new prompt of all tokens."""
@@ -68,6 +72,7 @@ class Problem:
         return PrefillPlan(
             num_tokens=self.tokens,
             slots=int32([1]),
+            lengths=int32([self.tokens]),
             query_start_loc=int32([0, self.tokens]),
             continues=torch.tensor([False], device=self.device),
             any_continues=False,

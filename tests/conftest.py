@@ -13,6 +13,9 @@ import pathlib
 
 import pytest
 import torch
+from triton_interpreter import use_interpreter_without_a_gpu
+
+use_interpreter_without_a_gpu()
 
 TINY = pathlib.Path(__file__).parent.parent / "examples" / "bamba-tiny"
 

@@ -6,6 +6,7 @@ at most one decode plan and one prefill plan, whose fields are always there.
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,12 +22,14 @@ class DecodePlan:
     Attributes:
         num_tokens: tokens, the first of the batch.
         slots: int32 [sequences, 1 + draft tokens]; 0 where a CUDA graph pads the batch.
+        lengths: int32 [sequences], tokens of each sequence with this step's.
         query_start_loc: int32 [sequences + 1] with speculation, else None (one token a sequence).
         accepted: int32 [sequences], tokens of the last step that were accepted; None without speculation.
     """
 
     num_tokens: int
     slots: torch.Tensor
+    lengths: torch.Tensor
     query_start_loc: torch.Tensor | None
     accepted: torch.Tensor | None
 
@@ -38,6 +41,7 @@ class PrefillPlan:
     Attributes:
         num_tokens: tokens, the last of the batch.
         slots: int32 [sequences].
+        lengths: int32 [sequences], tokens of each sequence with these.
         query_start_loc: int32 [sequences + 1], token offsets.
         continues: bool [sequences], whether the slot holds the state of earlier tokens.
         any_continues: `continues.any()`, known without asking the device.
@@ -50,6 +54,7 @@ class PrefillPlan:
 
     num_tokens: int
     slots: torch.Tensor
+    lengths: torch.Tensor
     query_start_loc: torch.Tensor
     continues: torch.Tensor
     any_continues: bool
@@ -67,6 +72,7 @@ def plan_batch(metadata: Mamba2AttentionMetadata) -> tuple[DecodePlan | None, Pr
         decode = DecodePlan(
             num_tokens=metadata.num_decode_tokens,
             slots=metadata.state_indices_tensor_d,
+            lengths=metadata.seq_lens[: metadata.num_decodes],
             query_start_loc=metadata.query_start_loc_d,
             accepted=metadata.num_accepted_tokens,
         )
@@ -74,6 +80,7 @@ def plan_batch(metadata: Mamba2AttentionMetadata) -> tuple[DecodePlan | None, Pr
         prefill = PrefillPlan(
             num_tokens=metadata.num_prefill_tokens,
             slots=metadata.state_indices_tensor_p,
+            lengths=metadata.seq_lens[metadata.num_decodes : metadata.num_decodes + metadata.num_prefills],
             query_start_loc=metadata.query_start_loc_p,
             continues=metadata.has_initial_states_p,
             any_continues=metadata.prep_initial_states,
@@ -115,3 +122,80 @@ def mixer_shard(shape: BambaShape, tensor_parallel: int, rank: int = 0) -> Mixer
 def channels_first(conv_state: torch.Tensor) -> torch.Tensor:
     """View [slots, channels, inputs] of the convolution's state, however vLLM lays it out."""
     return conv_state if is_conv_state_dim_first() else conv_state.transpose(-1, -2)
+
+
+class FusedSlots(NamedTuple):
+    """The slots of a layer as the fused step keeps them; layout and reasons in ops/README.md.
+
+    Attributes:
+        conv: [slots, width, channels], the convolution's inputs; that of position t is entry t % width.
+        ssm: [slots, heads, head_dim, state], the checkpoint.
+        scale: fp32 [slots, heads, head_dim] of an 8-bit checkpoint, else None.
+        ring_x: [slots, heads, replay, head_dim], x of the tokens after the checkpoint; None without replay.
+        ring_b: [slots, replay, groups * state], their B.
+        ring_dt: fp32 [slots, heads, replay], their time steps; 0: an empty entry.
+    """
+
+    conv: torch.Tensor
+    ssm: torch.Tensor
+    scale: torch.Tensor | None = None
+    ring_x: torch.Tensor | None = None
+    ring_b: torch.Tensor | None = None
+    ring_dt: torch.Tensor | None = None
+
+    def strides(self) -> list[int]:
+        """Elements from slot to slot of each tensor."""
+        return [0 if t is None else t.stride(0) for t in self]
+
+    def constants(self) -> dict[str, Any]:
+        """What a kernel is compiled for."""
+        heads, head_dim, state = self.ssm.shape[1:]
+        groups, rest = divmod(self.conv.shape[2] - heads * head_dim, 2 * state)
+        assert rest == 0
+        return {
+            "HEADS": heads,
+            "HEAD_DIM": head_dim,
+            "GROUPS": groups,
+            "STATE": state,
+            "REPLAY": 0 if self.ring_dt is None else self.ring_dt.shape[2],
+            "QUANTISED": self.scale is not None,
+        }
+
+
+@dataclass(frozen=True)
+class SlotFormat:
+    """Sizes and dtypes of `FusedSlots` on one rank.
+
+    Attributes:
+        shard: this rank's part of the mixer.
+        width: of the convolution.
+        dtype: of activations.
+        state_dtype: of the checkpoint: fp32, bf16, fp16 or int8.
+        replay: tokens that the ring holds; 0 without one.
+    """
+
+    shard: MixerShard
+    width: int
+    dtype: torch.dtype
+    state_dtype: torch.dtype
+    replay: int
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape of one slot and dtype of each tensor, in the order in which they lie in a slot."""
+        shard = self.shard
+        heads, head_dim = shard.local_heads, shard.head_dim
+        tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "conv": ((self.width, shard.local_conv_channels), self.dtype),
+            "ssm": ((heads, head_dim, shard.state), self.state_dtype),
+        }
+        if self.state_dtype == torch.int8:
+            tensors["scale"] = ((heads, head_dim), torch.float32)
+        if self.replay:
+            tensors["ring_x"] = ((heads, self.replay, head_dim), self.dtype)
+            tensors["ring_b"] = ((self.replay, shard.local_bc), self.dtype)
+            tensors["ring_dt"] = ((heads, self.replay), torch.float32)
+        return tensors
+
+    def bind(self, states: tuple[torch.Tensor, ...]) -> FusedSlots:
+        """The tensors that vLLM made for `tensors()`."""
+        return FusedSlots(**dict(zip(self.tensors(), states, strict=True)))

@@ -55,6 +55,7 @@ def prefill_plan(
     return PrefillPlan(
         num_tokens=offsets[-1],
         slots=ints(slots),
+        lengths=ints([n + c for n, c in zip(lengths, computed, strict=True)]),
         query_start_loc=ints(offsets),
         continues=torch.tensor([c > 0 for c in computed], device=DEVICE),
         any_continues=any(computed),
@@ -66,9 +67,10 @@ def prefill_plan(
     )
 
 
-def decode_plan(slots: list[int]) -> DecodePlan:
-    """One token for each slot; 0 is a padded row."""
-    return DecodePlan(num_tokens=len(slots), slots=ints(slots)[:, None], query_start_loc=None, accepted=None)
+def decode_plan(slots: list[int], lengths: list[int] | None = None) -> DecodePlan:
+    """One token for each slot, the last of `lengths`; slot 0 is a padded row."""
+    lengths = lengths or [1] * len(slots)
+    return DecodePlan(len(slots), ints(slots)[:, None], ints(lengths), query_start_loc=None, accepted=None)
 
 
 class Slots:

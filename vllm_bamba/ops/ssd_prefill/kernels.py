@@ -62,6 +62,7 @@ def warm_up(
     plan = PrefillPlan(
         num_tokens=chunk_size,
         slots=one,
+        lengths=offsets[1:],
         query_start_loc=offsets,
         continues=one.bool(),
         any_continues=False,

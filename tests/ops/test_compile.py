@@ -1,0 +1,78 @@
+"""Our Triton kernels at Bamba-9B's shape, compiled to machine code for an H100 or H200, which needs no GPU.
+
+The interpreter accepts what the compiler refuses, and a kernel that spills its registers to memory is no good here.
+"""
+
+import itertools
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import pytest
+
+SHAPE = {"HEADS": 128, "HEAD_DIM": 64, "GROUPS": 1, "STATE": 128, "WIDTH": 4, "BIAS": True}
+FP32 = {"a_ptr", "scale", "ring_dt", "states"}
+INT32 = {"slots", "lengths"}
+STATES = {"fp32": False, "bf16": False, "fp16": False, "i8": True}
+STEP = [
+    {"kernel": "mixer_step", "state": state, "REPLAY": replay, "PLAIN": plain, "GATED": True}
+    for state, (replay, plain) in itertools.product(STATES, [(0, True), (16, True), (16, False)])
+]
+OTHERS = [{"kernel": kernel, "state": state, "REPLAY": 16} for kernel in ("read", "write") for state in ("bf16", "i8")]
+
+
+CASES = STEP + OTHERS
+
+
+@pytest.fixture(scope="module")
+def usage() -> list[str]:
+    """What the machine code of each case takes, from one process without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    here = pathlib.Path(__file__)
+    environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here.parents[2])])
+    program = "import test_compile as t; print(*[t.compile_one(case) for case in t.CASES], sep='\\0')"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.split("\0")
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=["-".join(map(str, case.values())) for case in CASES])
+def test_compiles_without_spilling(index: int, usage: list[str]) -> None:
+    assert "STACK:0" in usage[index], usage[index]
+    assert "LOCAL:0" in usage[index], usage[index]
+
+
+def compile_one(case: dict[str, Any]) -> str:
+    """Compile one kernel; returns what its machine code takes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from vllm_bamba.ops.mixer_step.kernels import step_kernel
+    from vllm_bamba.ops.mixer_step.tuning import DEFAULT
+    from vllm_bamba.ops.slot_state.kernels import read_kernel, write_kernel
+
+    kernel = {"mixer_step": step_kernel, "read": read_kernel, "write": write_kernel}[case["kernel"]]
+    constants = SHAPE | {"QUANTISED": STATES[case["state"]], "HEADS_PER_PROGRAM": DEFAULT.heads_per_program}
+    constants |= {name: value for name, value in case.items() if name.isupper()} | {"slots_stride": 1}
+    signature, fixed, hints = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], fixed[(i,)] = "constexpr", constants[name]
+        elif name in ("dt_low", "dt_high"):
+            signature[name] = "fp32"
+        else:
+            element = "i32" if name in INT32 else "fp32" if name in FP32 else "i1" if name == "continues" else "bf16"
+            element = case["state"] if name == "ssm" else element
+            signature[name] = "i32" if name.endswith("_stride") else f"*{element}"
+            hints[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=hints)
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": DEFAULT.num_warps})
+    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout

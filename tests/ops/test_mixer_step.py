@@ -1,0 +1,266 @@
+"""The fused decode step, its slots and the prefill's way in and out of them, against the fp64 reference."""
+
+import pytest
+import torch
+from helpers import DEVICE, DTYPES, NO_LIMIT, assert_precise, decode_plan, inside, prefill_plan, randn
+
+from vllm_bamba.ops.mixer_step import StepWeights, mixer_step, sum_columns
+from vllm_bamba.ops.mixer_step.reference import mixer_step_reference
+from vllm_bamba.ops.mixer_step.tuning import Launch
+from vllm_bamba.ops.slot_state import read_inputs, read_states, write_inputs, write_states
+from vllm_bamba.sharding import MixerShard
+from vllm_bamba.state import FusedSlots, SlotFormat
+
+HEADS, HEAD_DIM, STATE, WIDTH, REPLAY = 4, 16, 32, 4, 8
+PLAIN, REPLAYED = Launch(2, 4, replay_from=1000), Launch(2, 4, replay_from=0)
+
+
+def slot_format(
+    dtype: torch.dtype,
+    state_dtype: torch.dtype | None = None,
+    groups: int = 1,
+    width: int = WIDTH,
+    replay: int = REPLAY,
+) -> SlotFormat:
+    return SlotFormat(MixerShard(HEADS, HEAD_DIM, groups, STATE), width, dtype, state_dtype or dtype, replay)
+
+
+class Batch:
+    """Sequences in scattered slots of poisoned pages, and the same sequences in fp64 and in plain low precision."""
+
+    def __init__(self, form: SlotFormat, slots: list[int], lengths: list[int], gated: bool = False, bias: bool = True):
+        shard, dtype = form.shard, form.dtype
+        self.form, self.slots, self.lengths, self.seed = form, slots, list(lengths), 10
+        self.groups, channels = shard.groups, shard.local_conv_channels
+        self.weights = StepWeights(
+            taps=randn(1, form.width, channels, dtype=dtype, scale=0.5),
+            conv_bias=randn(2, channels, dtype=dtype) if bias else None,
+            A=-torch.linspace(0.02, 4.0, HEADS).bfloat16().float().to(DEVICE),
+            D=randn(3, HEADS, dtype=dtype),
+            dt_bias=randn(4, HEADS, dtype=dtype) - 1,
+            norm=randn(5, shard.local_intermediate, dtype=dtype) if gated else None,
+        )
+        self.pages, self.fused = poisoned(form, 12)
+        inputs = randn_rows(6, len(slots), channels, form.width - 1, dtype=dtype)
+        states = randn_rows(7, len(slots), HEADS, HEAD_DIM, STATE, dtype=form.dtype).float()
+        plan = prefill_plan([1] * len(slots), slots, [n - 1 for n in lengths])
+        write_inputs(self.fused, plan, inputs)
+        write_states(self.fused, plan, states)
+        self.exact = [(i.double(), s.double()) for i, s in zip(inputs, states, strict=True)]
+        self.plain = [(i, stored(s, form)) for i, s in zip(inputs, states, strict=True)]
+
+    def step(
+        self, launch: Launch, rows: list[int] | None = None, limit: tuple[float, float] = NO_LIMIT
+    ) -> torch.Tensor:
+        """One token for some of the sequences; checks what comes out."""
+        rows = list(range(len(self.slots))) if rows is None else rows
+        for row in rows:
+            self.lengths[row] += 1
+        self.seed += 1
+        inner, gated = HEADS * HEAD_DIM, self.weights.norm is not None
+        given = randn_rows(self.seed, len(rows), 2 * inner + 2 * self.groups * STATE + HEADS, dtype=self.form.dtype)
+        columns = inner + (sum_columns(HEADS, launch) if gated else 0)
+        out = inside(torch.full((len(rows), columns), float("nan"), dtype=self.form.dtype, device=DEVICE))
+        plan = decode_plan([self.slots[row] for row in rows], [self.lengths[row] for row in rows])
+        mixer_step(inside(given), self.weights, limit, self.fused, plan, out, launch)
+        for i, row in enumerate(rows):
+            if not self.slots[row]:
+                assert not out[i].any()
+                continue
+            exact, exact_square, self.exact[row] = self._reference(given[i].double(), self.exact[row], limit)
+            plain, plain_square, (inputs, state) = self._reference(given[i], self.plain[row], limit)
+            self.plain[row] = inputs, stored(state, self.form)
+            assert_precise(out[i, :inner], exact, plain, f"y of row {row} at {self.lengths[row]}")
+            if gated:
+                square = out[i, inner:].double().sum().float()
+                assert_precise(square, exact_square, plain_square, f"sum of squares of row {row}")
+        return out
+
+    def _reference(
+        self, given: torch.Tensor, before: tuple[torch.Tensor, torch.Tensor], limit: tuple[float, float]
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        w, dtype = self.weights, given.dtype
+        inputs, state = before
+        parameters = [None if t is None else t.to(dtype) for t in (w.taps.T, w.conv_bias, w.A, w.D, w.dt_bias)]
+        y, gated, inputs, state = mixer_step_reference(given, *parameters, limit, inputs, state.to(dtype), self.groups)
+        out = y if w.norm is None else gated * w.norm.to(dtype)
+        return out, gated.square().sum(), (inputs, state)
+
+    def check_states(self) -> None:
+        """What a prefill would start from."""
+        used = [row for row, slot in enumerate(self.slots) if slot]
+        plan = prefill_plan([1] * len(used), [self.slots[row] for row in used], [self.lengths[row] for row in used])
+        states, inputs = read_states(self.fused, self.weights.A, plan), read_inputs(self.fused, plan)
+        for i, row in enumerate(used):
+            assert torch.equal(inputs[i].double(), self.exact[row][0])
+            assert_precise(states[i], self.exact[row][1], self.plain[row][1], f"state of row {row}")
+
+
+def randn_rows(seed: int, rows: int, *size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows that are the same however many there are."""
+    return torch.stack([randn(1000 * row + seed, *size, dtype=dtype) for row in range(rows)])
+
+
+def stored(state: torch.Tensor, form: SlotFormat) -> torch.Tensor:
+    """What plain code would keep of a state; 8 bits with a scale a row."""
+    if form.state_dtype == torch.int8:
+        step = state.float().abs().amax(-1, keepdim=True) / 127
+        return (state.float() / step).round() * step
+    return state.to(form.state_dtype)
+
+
+def poisoned(form: SlotFormat, slots: int) -> tuple[torch.Tensor, FusedSlots]:
+    """Pages as vLLM lays them out, all bytes 0xff: NaN in every floating-point dtype."""
+    sizes = {name: (shape, dtype, shape_bytes(shape, dtype)) for name, (shape, dtype) in form.tensors().items()}
+    pages = torch.full((slots, sum(s for *_, s in sizes.values()) + 64), 255, dtype=torch.uint8, device=DEVICE)
+    states, offset = [], 0
+    for shape, dtype, size in sizes.values():
+        states.append(pages[:, offset : offset + size].view(dtype).view(slots, *shape))
+        offset += size
+    return pages, form.bind(tuple(states))
+
+
+def shape_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+DTYPES_OF_STATES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.float16),
+    (torch.bfloat16, torch.int8),
+]
+both_ways = pytest.mark.parametrize("launch", [PLAIN, REPLAYED], ids=["plain", "replayed"])
+
+
+@both_ways
+@pytest.mark.parametrize(("dtype", "state_dtype"), DTYPES_OF_STATES, ids=str)
+def test_steps_are_the_reference_through_every_phase_of_the_ring(
+    dtype: torch.dtype, state_dtype: torch.dtype, launch: Launch
+) -> None:
+    batch = Batch(slot_format(dtype, state_dtype), slots=[7, 2], lengths=[1, 30])
+    for _ in range(REPLAY + 3):
+        batch.step(launch)
+    batch.check_states()
+
+
+def test_without_a_ring_every_step_writes_the_state() -> None:
+    batch = Batch(slot_format(torch.float32, replay=0), slots=[7, 2], lengths=[1, 30])
+    for _ in range(3):
+        batch.step(REPLAYED)
+    batch.check_states()
+
+
+def test_a_batch_that_shrinks_and_grows_changes_the_way_of_its_states() -> None:
+    batch = Batch(slot_format(torch.float32), slots=[7, 2, 9], lengths=[1, 6, 30])
+    ways = Launch(2, 4, replay_from=3)
+    for rows in ([0, 1, 2], [0, 1, 2], [0], [0, 1, 2], [1, 2], [1], [0, 1, 2], [0, 1, 2]):
+        batch.step(ways, rows)
+    batch.check_states()
+
+
+@both_ways
+def test_padded_rows_are_zero_and_touch_nothing(launch: Launch) -> None:
+    batch = Batch(slot_format(torch.float32), slots=[7, 0, 2], lengths=[4, 4, 9], gated=True)
+    before = batch.pages.clone()
+    for _ in range(2):
+        batch.step(launch)
+    others = [slot for slot in range(12) if slot not in (7, 2)]
+    assert torch.equal(batch.pages[others], before[others])
+    batch.check_states()
+
+
+@both_ways
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gate_the_norms_weight_and_the_sum_of_squares(dtype: torch.dtype, launch: Launch) -> None:
+    batch = Batch(slot_format(dtype), slots=[7, 2], lengths=[1, 30], gated=True)
+    for _ in range(3):
+        batch.step(launch)
+
+
+@both_ways
+@pytest.mark.parametrize("groups", [2, 4])
+def test_each_group_of_heads_has_its_own_b_and_c(groups: int, launch: Launch) -> None:
+    launch = Launch(min(launch.heads_per_program, HEADS // groups), 4, launch.replay_from)
+    batch = Batch(slot_format(torch.float32, groups=groups), slots=[7, 2], lengths=[1, 30])
+    for _ in range(3):
+        batch.step(launch)
+    batch.check_states()
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_shorter_convolutions_without_a_bias(width: int) -> None:
+    batch = Batch(slot_format(torch.float32, width=width), slots=[7, 2], lengths=[1, 30], bias=False)
+    for _ in range(width + 1):
+        batch.step(REPLAYED)
+    batch.check_states()
+
+
+@both_ways
+def test_time_steps_are_clamped_to_the_limit(launch: Launch) -> None:
+    batch = Batch(slot_format(torch.float32), slots=[7, 2], lengths=[1, 30])
+    for _ in range(3):
+        batch.step(launch, limit=(0.2, 0.4))
+    batch.check_states()
+
+
+def test_small_time_steps_keep_their_relative_precision() -> None:
+    """log(1 + exp(x)) as it stands is 0 below -17, and a head that never writes never learns."""
+    batch = Batch(slot_format(torch.float32, replay=0), slots=[7], lengths=[5])
+    batch.weights.dt_bias.fill_(-20)
+    write_states(batch.fused, prefill_plan([1], [7], [4]), torch.zeros(1, HEADS, HEAD_DIM, STATE, device=DEVICE))
+    batch.exact[0] = batch.exact[0][0], torch.zeros_like(batch.exact[0][1])
+    batch.plain[0] = batch.plain[0][0], torch.zeros_like(batch.plain[0][1])
+    batch.step(PLAIN)
+    state = read_states(batch.fused, batch.weights.A, prefill_plan([1], [7], [5]))[0].double()
+    assert batch.exact[0][1].abs().max() > 0
+    torch.testing.assert_close(state, batch.exact[0][1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_a_copied_slot_goes_on_as_the_original(state_dtype: torch.dtype) -> None:
+    """A slot can be published after any token: its bytes are all there is to it."""
+    batch = Batch(slot_format(torch.bfloat16, state_dtype), slots=[7], lengths=[3])
+    for _ in range(REPLAY // 2):
+        batch.step(REPLAYED)
+    batch.pages[5] = batch.pages[7]
+    for of_rows, copy in ((batch.slots, 5), (batch.lengths, batch.lengths[0]), (batch.exact, batch.exact[0])):
+        of_rows.append(copy)
+    batch.plain.append(batch.plain[0])
+    for _ in range(REPLAY):
+        batch.step(REPLAYED)
+    batch.check_states()
+
+
+@both_ways
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_a_sequence_gives_the_same_bits_in_any_slot_and_any_batch(state_dtype: torch.dtype, launch: Launch) -> None:
+    alone = Batch(slot_format(torch.bfloat16, state_dtype), slots=[7], lengths=[3])
+    among = Batch(slot_format(torch.bfloat16, state_dtype), slots=[2, 9, 0], lengths=[3, 5, 4])
+    for _ in range(REPLAY + 1):
+        assert torch.equal(alone.step(launch)[0], among.step(launch)[0])
+    size = alone.pages.shape[1] - 64
+    assert torch.equal(alone.pages[7, :size], among.pages[2, :size])
+
+
+def test_rounding_to_8_bits_keeps_the_mean() -> None:
+    """Rounded to nearest, a state would never leave a value that its decay moves by less than half a step."""
+    form = slot_format(torch.float32, torch.int8, replay=0)
+    _, fused = poisoned(form, 200)
+    states = torch.full((1, HEADS, HEAD_DIM, STATE), 0.3, device=DEVICE)
+    states[..., 0] = 127
+    slots = list(range(1, 200))
+    plan = prefill_plan([1] * 199, slots, list(range(199)))
+    write_states(fused, plan, states.expand(199, -1, -1, -1))
+    mean = fused.ssm[1:, ..., 1:].float().mean().item()
+    count = fused.ssm[1:, ..., 1:].numel()
+    assert abs(mean - 0.3) <= 5 * (0.3 * 0.7 / count) ** 0.5  # five standard deviations
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    batch = Batch(slot_format(torch.float32), slots=[7], lengths=[3])
+    with pytest.raises(ValueError, match="do not fit slots of 4 heads x 16 x 32"):
+        mixer_step(
+            randn(1, 1, 100), batch.weights, NO_LIMIT, batch.fused, decode_plan([7], [4]), randn(2, 1, 64), PLAIN
+        )  # fmt: skip

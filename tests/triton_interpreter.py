@@ -1,0 +1,35 @@
+"""Triton kernels on a machine without a GPU: its interpreter, made to round as GPUs do.
+
+Triton's interpreter cuts fp32 off towards zero where it makes bf16 of it. A GPU rounds to nearest even, and a state that
+is stored every step shows the difference.
+"""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def use_interpreter_without_a_gpu() -> None:
+    """To be called before a kernel is defined."""
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "0":
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+    if hasattr(convert, "__wrapped__"):
+        return
+
+    def rounded(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+        if source == tl.float32 and target == tl.bfloat16:
+            values = torch.from_numpy(np.array(data, dtype=np.float32, order="C"))
+            return values.bfloat16().view(torch.int16).numpy().view(np.uint16)
+        if source == tl.bfloat16 and target == tl.float32:
+            return np.array(data).view(np.uint16).astype(np.uint32) << 16
+        return convert(data, source, target, mode)
+
+    rounded.__wrapped__ = convert  # type: ignore[attr-defined]
+    interpreter._convert_float = rounded

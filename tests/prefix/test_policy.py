@@ -1,8 +1,10 @@
 """Which positions get a slot and which slot goes, in plain integers."""
 
+import random
+
 import pytest
 
-from vllm_bamba.prefix.policy import LEAST_GAIN, SPREAD_FROM, Kind, SlotTable, chunk_tokens, plan_prefill
+from vllm_bamba.prefix.policy import LEAST_GAIN, SPREAD_FROM, Kind, Slot, SlotTable, chunk_tokens, plan_prefill
 
 ROOT: list[str] = []
 
@@ -128,3 +130,34 @@ def test_removing_a_slot_ties_those_below_to_the_one_above() -> None:
     assert slots["c"].parent == "a"
     slots.remove("a")
     assert slots["c"].parent is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_slot_that_goes_is_the_one_that_the_rule_names(seed: int) -> None:
+    """Random histories, beside the rule worked out slot by slot."""
+    rng, slots = random.Random(seed), table(40)
+
+    def value(slot: Slot) -> int:
+        above = slots[slot.parent].position if slot.parent is not None else 0
+        return ((slot.position - above) * (1 + slot.uses) << 20) // slot.blocks // (1 + slots._clock - slot.last)
+
+    keys: list[int] = []
+    for key in range(400):
+        slots.add(
+            key, 16 * rng.randrange(1, 500), rng.sample(keys, min(3, len(keys))), Kind.PROMPT, rng.randrange(11, 60)
+        )
+        keys.append(key)
+        if rng.random() < 0.5:
+            slots.hit(rng.choice(keys))
+        if rng.random() < 0.1:
+            slots.supersede(rng.choice(keys))
+        idle = set(rng.sample(keys, -(-3 * len(keys) // 4))).__contains__
+        for of_use in (False, True):
+            values = [value(slots[k]) for k in keys if idle(k) and (slots[k].uses > 0) == of_use]
+            victim = slots._least_value(of_use, idle)
+            assert (victim is None) == (not values)
+            assert victim is None or (value(slots[victim]), slots[victim].uses > 0) == (min(values), of_use)
+        while slots.full:
+            victim = slots.victim(idle, proven=True)
+            slots.remove(victim)
+            keys.remove(victim)

@@ -143,7 +143,10 @@ def assert_consistent(engine: Simulator) -> None:
     owned = {block.block_id for states in slots._states.values() for block in states}
     keyed = {block.block_id for block in pool.blocks if block.block_hash is not None}
     assert owned <= keyed
-    assert len(slots._needed) == len({b.block_id for blocks in slots._texts.values() for b in blocks})
+    held = [
+        (block.block_id, key) for blocks in (slots._states, slots._texts) for key in blocks for block in blocks[key]
+    ]
+    assert sorted(held) == sorted((block, key) for block, keys in slots._owners.items() for key in keys)
 
 
 def random_prompt(rng: random.Random, heads: list[list[int]], past: list[list[int]]) -> list[int]:

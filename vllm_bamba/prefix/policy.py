@@ -21,6 +21,8 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
+import numpy as np
+
 Key = Hashable
 
 UNIT = 16  # tokens: slots lie at multiples of it, hits too
@@ -29,6 +31,7 @@ SPREAD_FROM = 2048  # tokens
 SPREAD = ((1, 2), (3, 4), (7, 8))
 PROVEN = (3, 4)
 _SCALE = 1 << 20  # keeps the values' fractions in integers
+_MOST = (1 << 63) - 1  # a value above all others
 
 
 class Kind(Enum):
@@ -81,6 +84,7 @@ class Slot:
         position: tokens before it.
         parent: the next slot up the same text, None where there is none.
         blocks: memory that goes with it.
+        row: of the table's columns.
         last: the clock when it was last added or hit.
         uses: requests that started from it, plus one where it is known to be shared.
     """
@@ -89,6 +93,7 @@ class Slot:
     parent: Key | None
     kind: Kind
     blocks: int
+    row: int
     last: int
     uses: int = 0
     children: set[Key] = field(default_factory=set)
@@ -97,6 +102,9 @@ class Slot:
 class SlotTable:
     """The slots in the cache, and which of them to give up.
 
+    An engine has thousands of slots and looks for the one to give up while its scheduler runs. What the rule compares
+    therefore lies in columns of integers, one row for each slot, which numpy goes through in some microseconds.
+
     Args:
         capacity: the most slots that may exist.
     """
@@ -104,6 +112,8 @@ class SlotTable:
     def __init__(self, capacity: int):
         self.capacity = capacity
         self._slots: dict[Key, Slot] = {}
+        self._rows: list[Key] = []
+        self._columns: np.ndarray = np.zeros((3, 64), np.int64)  # value at age 1, clock when last added or hit, uses
         self._clock = 0
         self._proven = 0
 
@@ -137,9 +147,11 @@ class SlotTable:
         above = [k for k in lineage if k in self._slots and self._slots[k].position < position]
         parent = max(above, key=lambda k: self._slots[k].position, default=None)
         self._clock += 1
-        self._slots[key] = Slot(position, parent, kind, blocks, self._clock)
+        self._slots[key] = Slot(position, parent, kind, blocks, len(self._rows), self._clock)
+        self._rows.append(key)
         if parent is not None:
             self._slots[parent].children.add(key)
+        self._write(key)
         if kind is Kind.SHARED:
             self._prove(key)
 
@@ -152,8 +164,7 @@ class SlotTable:
     def supersede(self, key: Key) -> None:
         """The one request that started from this slot has left a later one: it counts as unused again."""
         if key in self._slots and self._slots[key].uses == 1:
-            self._slots[key].uses = 0
-            self._proven -= 1
+            self._forget_uses(key)
 
     def remove(self, key: Key) -> None:
         slot = self._slots.pop(key)
@@ -164,12 +175,12 @@ class SlotTable:
             self._slots[child].parent = slot.parent
             if slot.parent is not None:
                 self._slots[slot.parent].children.add(child)
-
-    def value(self, key: Key) -> int:
-        slot = self._slots[key]
-        saved = slot.position - (self._slots[slot.parent].position if slot.parent is not None else 0)
-        age = 1 + self._clock - slot.last
-        return saved * (1 + slot.uses) * _SCALE // (age * slot.blocks)
+            self._write(child)
+        moved = self._rows.pop()  # the last row takes the place of the one that goes
+        if moved != key:
+            self._rows[slot.row] = moved
+            self._slots[moved].row = slot.row
+            self._write(moved)
 
     def victim(self, idle: Callable[[Key], bool], proven: bool) -> Key | None:
         """The slot to give up first, None where there is none.
@@ -178,19 +189,43 @@ class SlotTable:
             idle: whether giving up this slot would free memory now.
             proven: whether one that was of use may go too, if there is no other.
         """
-        candidates = [key for key, slot in self._slots.items() if not slot.uses and idle(key)]
-        if not candidates and proven:
-            candidates = [key for key in self._slots if idle(key)]
-        return min(candidates, key=self.value, default=None)
+        unused = self._least_value(False, idle)
+        return self._least_value(True, idle) if unused is None and proven else unused
+
+    def _least_value(self, of_use: bool, idle: Callable[[Key], bool] = lambda key: True) -> Key | None:
+        """Of the slots that were of use, or of those that were not, the one of least value."""
+        value, last, uses = self._columns[:, : len(self._rows)]
+        values = np.where((uses > 0) == of_use, value // (1 + self._clock - last), _MOST)
+        while len(values):
+            row = int(values.argmin())
+            if values[row] == _MOST:
+                return None
+            if idle(self._rows[row]):
+                return self._rows[row]
+            values[row] = _MOST
+        return None
+
+    def _write(self, key: Key) -> None:
+        """Bring a slot's row up to date."""
+        slot = self._slots[key]
+        if slot.row == self._columns.shape[1]:
+            self._columns = np.hstack([self._columns, np.zeros_like(self._columns)])
+        saved = slot.position - (self._slots[slot.parent].position if slot.parent is not None else 0)
+        value = min(saved * (1 + slot.uses) * _SCALE // slot.blocks, _MOST - 1)
+        self._columns[:, slot.row] = value, slot.last, slot.uses
 
     def _prove(self, key: Key) -> None:
         slot = self._slots[key]
         slot.uses += 1
+        self._write(key)
         if slot.uses > 1:
             return
         self._proven += 1
         numerator, denominator = PROVEN
         if self._proven * denominator > self.capacity * numerator:
-            proven = [k for k, s in self._slots.items() if s.uses]
-            self._slots[min(proven, key=self.value)].uses = 0
-            self._proven -= 1
+            self._forget_uses(self._least_value(True))
+
+    def _forget_uses(self, key: Key) -> None:
+        self._slots[key].uses = 0
+        self._proven -= 1
+        self._write(key)

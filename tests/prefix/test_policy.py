@@ -34,6 +34,13 @@ def test_a_given_shared_part_is_kept_at_its_last_whole_unit() -> None:
     assert plan_prefill(356, hit=240, hint=250) == {352: Kind.PROMPT}  # no further back than the hit
 
 
+def test_the_end_of_system_messages_is_kept_whatever_it_saves() -> None:
+    assert plan_prefill(100, hit=0, system=40) == {32: Kind.SYSTEM, 96: Kind.PROMPT}
+    assert plan_prefill(100, hit=32, system=40) == {96: Kind.PROMPT}
+    assert plan_prefill(100, hit=0, system=15) == {96: Kind.PROMPT}
+    assert plan_prefill(100, hit=0, system=99) == {96: Kind.SYSTEM}
+
+
 def test_long_prompts_leave_some_on_the_way_where_memory_allows() -> None:
     assert plan_prefill(SPREAD_FROM, hit=0) == {
         1024: Kind.SPREAD, 1536: Kind.SPREAD, 1792: Kind.SPREAD, 2032: Kind.PROMPT
@@ -108,6 +115,15 @@ def test_slots_of_use_are_at_most_three_quarters() -> None:
     for i in range(4):
         slots.add(i, 100 * (i + 1), ROOT, Kind.SHARED, 11)
     assert [slots[i].uses for i in range(4)] == [0, 1, 1, 1]  # the fourth was one too many; the least valuable pays
+
+
+def test_a_system_message_is_of_use_once_a_second_chat_has_it() -> None:
+    slots = table()
+    slots.add("parting", 100, ROOT, Kind.SHARED, 11)
+    slots.add("system", 100, ROOT, Kind.SYSTEM, 11)
+    assert (slots["parting"].uses, slots["system"].uses) == (1, 0)
+    slots.hit("system")
+    assert slots["system"].uses == 1
 
 
 def test_a_continued_answer_counts_as_unused_unless_others_use_it() -> None:

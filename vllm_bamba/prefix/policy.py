@@ -3,11 +3,13 @@
 The rule, in full:
 
 - A prefill leaves a slot at the end of its prompt, at the end of the part that it shares with others (known because
-  an earlier prompt parts there, or because the request says so), and, where it has at least `SPREAD_FROM` tokens to
-  compute and half of the slots are free, at `SPREAD` of its length.
+  an earlier prompt parts there, because the request says so, or because a chat's system messages end there), and,
+  where it has at least `SPREAD_FROM` tokens to compute and half of the slots are free, at `SPREAD` of its length.
 - A position where prompts part gets one only if it saves `LEAST_GAIN` tokens, since stopping a prefill there costs a
   step.
 - A running answer keeps one slot, at its newest boundary.
+- A slot counts as of use once a request has started from it; where two prompts part, or the request says that others
+  share its text, from the beginning. The end of a system message must prove itself: each chat may have its own.
 - A slot that was never of use goes before any that was; among equals the one of least value goes, which is
   `tokens saved x (1 + uses) / (age x blocks)`. Tokens saved are those since the next slot up the same text; age counts
   the slots that were added or hit since this one last was. So prompts that come once push out each other, never the
@@ -39,12 +41,13 @@ class Kind(Enum):
 
     PROMPT = "end of a prompt"
     SHARED = "end of what several requests share"
+    SYSTEM = "end of a chat's system messages"
     SPREAD = "on the way of a long prompt"
     ANSWER = "newest boundary of an answer"
 
 
 def plan_prefill(
-    tokens: int, hit: int, junction: int = 0, hint: int = 0, unit: int = UNIT, roomy: bool = True
+    tokens: int, hit: int, junction: int = 0, hint: int = 0, system: int = 0, unit: int = UNIT, roomy: bool = True
 ) -> dict[int, Kind]:
     """Positions, in tokens, at which a prefill leaves a slot.
 
@@ -53,6 +56,7 @@ def plan_prefill(
         hit: tokens that the cache gives it; computing starts there.
         junction: where an earlier prompt parts from this one, 0 where none is known beyond `hit`.
         hint: length of the shared part as the request gives it, 0 without.
+        system: length of a chat's system messages, 0 where there are none.
         unit: tokens between possible positions.
         roomy: whether there is memory for the positions on the way.
     """
@@ -64,6 +68,7 @@ def plan_prefill(
             if position - hit >= LEAST_GAIN:
                 plan[position] = Kind.SPREAD
     plan[last] = Kind.PROMPT
+    plan[min(system // unit * unit, last)] = Kind.SYSTEM
     if junction - hit >= LEAST_GAIN:
         plan[junction // unit * unit] = Kind.SHARED
     if hint:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import vllm_bamba
+from benchmarks.simulator import Geometry, Simulator
 from vllm_bamba.prefix.policy import UNIT
-from vllm_bamba.prefix.simulator import Geometry, Simulator
 
 Make = Callable[..., Simulator]
 

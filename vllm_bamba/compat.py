@@ -33,6 +33,9 @@ the same, and `MambaManager.cache_blocks`
     Cache managers of our own; registering is vLLM's way.
 `BlockPool`: its queue, its keys, `get_new_blocks`
     Slots go whole, by value. Goes when vLLM takes an eviction policy.
+`BaseRenderer.render_chat`, `.render_chat_async`, `InputProcessor.process_inputs`
+    Where a chat's system messages end is known where it is rendered, and is wanted in the scheduler. Goes when vLLM
+    tells schedulers of messages.
 `CacheConfig.mamba_block_size`
     Model Runner V2 counts states by it. Goes when it asks the specification.
 
@@ -88,6 +91,7 @@ __all__ = [
     "free_blocks_in_order",
     "is_conv_state_dim_first",
     "key_of",
+    "measure_system_messages",
     "mix_opaquely",
     "move_to_front",
     "prepare_lora",
@@ -243,3 +247,60 @@ def before_allocation(pool: BlockPool, make_room: Callable[[int], None]) -> None
         return allocate(num_blocks)
 
     pool.get_new_blocks = get_new_blocks  # type: ignore[method-assign]
+
+
+# prefix caching: from a chat's messages to the scheduler
+
+
+@functools.cache
+def measure_system_messages(wanted: Callable[[VllmConfig], bool]) -> None:
+    """Have requests of chats say, in `extra_args`, how many of their tokens are system messages.
+
+    Changes nothing for engines that are not `wanted`.
+    """
+    from vllm.renderers.base import BaseRenderer
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from vllm_bamba.prefix.chat import KEY, SystemParts
+
+    render, render_async = BaseRenderer.render_chat, BaseRenderer.render_chat_async
+    process = InputProcessor.process_inputs
+
+    @functools.wraps(render)
+    def render_chat(self: Any, chats: Any, chat_params: Any, tok_params: Any = None, **more: Any) -> Any:
+        rendered = render(self, chats, chat_params, tok_params, **more)
+        if wanted(self.config):
+            parts, settings = SystemParts.of(self), (chat_params, tok_params)
+            for probes in parts.probes(chats, settings):
+                try:
+                    prompts = render(self, probes, chat_params, tok_params, **more)[1]
+                except Exception:  # templates may refuse what they like
+                    prompts = []
+                parts.learn(probes, settings, prompts)
+            parts.mark(chats, settings, rendered[1])
+        return rendered
+
+    @functools.wraps(render_async)
+    async def render_chat_async(self: Any, chats: Any, chat_params: Any, tok_params: Any = None, **more: Any) -> Any:
+        rendered = await render_async(self, chats, chat_params, tok_params, **more)
+        if wanted(self.config):
+            parts, settings = SystemParts.of(self), (chat_params, tok_params)
+            for probes in parts.probes(chats, settings):
+                try:
+                    prompts = (await render_async(self, probes, chat_params, tok_params, **more))[1]
+                except Exception:
+                    prompts = []
+                parts.learn(probes, settings, prompts)
+            parts.mark(chats, settings, rendered[1])
+        return rendered
+
+    @functools.wraps(process)
+    def process_inputs(self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        request = process(self, request_id, prompt, *args, **kwargs)
+        if isinstance(prompt, dict) and KEY in prompt and request.sampling_params is not None:
+            request.sampling_params.extra_args = {KEY: prompt[KEY]} | (request.sampling_params.extra_args or {})
+        return request
+
+    BaseRenderer.render_chat = render_chat
+    BaseRenderer.render_chat_async = render_chat_async
+    InputProcessor.process_inputs = process_inputs

@@ -1,8 +1,8 @@
 """The CPU engine in fp32 with vLLM's default flags: what it answers from the cache is what it answers without."""
 
 import logging
-import math
 import random
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -15,6 +15,14 @@ from vllm_bamba.prefix.slots import Slots
 # the attention block is 64 tokens, and its page is longer than the state's
 MODEL = {"vocab_size": 320, "num_hidden_layers": 4, "attn_layer_indices": [1, 3]}
 TIGHT = {"num_gpu_blocks_override": 14, "max_num_batched_tokens": 96}
+TRAFFIC = {
+    "tight": TIGHT,
+    "roomy": {"max_num_batched_tokens": 512},
+    "short chunks": {"max_num_batched_tokens": 33, "num_gpu_blocks_override": 40},
+    "few chunks at once": {"long_prefill_token_threshold": 50, "max_num_seqs": 3, "num_gpu_blocks_override": 25},
+    "small share": {"additional_config": {"bamba_prefix_share": 0.2}, "num_gpu_blocks_override": 60},
+}
+REQUESTS = 70  # of each traffic
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +36,7 @@ def reference(model: str) -> Reference:
 
 
 def slots_of(engine: Engine) -> Slots:
-    return scheduler_of(engine).slots
-
-
-def scheduler_of(engine: Engine):  # type: ignore[no-untyped-def]
-    return engine.llm.llm_engine.engine_core.engine_core.scheduler
+    return engine.scheduler.slots
 
 
 def ask(engine: Engine, prompt: list[int], tokens: int = 8, shared: int = 0) -> tuple[Answer, int]:
@@ -41,9 +45,10 @@ def ask(engine: Engine, prompt: list[int], tokens: int = 8, shared: int = 0) -> 
     return answers[0]
 
 
-def parameters(tokens: int, shared: int) -> SamplingParams:
+def parameters(tokens: int, shared: int, of_prompt: bool = False) -> SamplingParams:
     return SamplingParams(
         temperature=0.0, max_tokens=tokens, logprobs=0, ignore_eos=True, detokenize=False,
+        prompt_logprobs=0 if of_prompt else None,
         extra_args={"bamba_shared_tokens": shared} if shared else None,
     )  # fmt: skip
 
@@ -64,7 +69,7 @@ def worst(reference: Reference, answers: list[Answer]) -> float:
         text = answer.prompt + answer.generated
         rows = torch.arange(len(answer.prompt) - 1, len(text) - 1)
         expected = reference.logprobs(text)[rows, torch.tensor(answer.generated)]
-        got = torch.tensor([value for value in answer.logprobs if not math.isnan(value)])
+        got = torch.tensor(answer.logprobs[-len(answer.generated) :])
         differences.append((expected - got).abs().max().item())
     return max(differences)
 
@@ -88,34 +93,105 @@ def test_what_is_hit_is_counted_and_right(model: str, reference: Reference) -> N
 def test_slots_can_be_switched_off(model: str, reference: Reference) -> None:
     prompt = random_prompts([300])[0]
     with Engine(model, additional_config={"bamba_prefix_slots": False}) as engine:
-        assert not hasattr(scheduler_of(engine), "slots")
+        assert not hasattr(engine.scheduler, "slots")
         block = engine.llm.llm_engine.vllm_config.cache_config.block_size
         answers = [ask(engine, prompt) for _ in range(2)]
     assert answers[1][1] == 299 // block * block > 0
     assert worst(reference, [answer for answer, _ in answers]) <= LIMIT
 
 
-def traffic(engine: Engine, seed: int, requests: int) -> tuple[list[Answer], int]:
-    """Random requests, added while others run: shared heads, branches, the same again, chats, aborts.
+def prefix_cache(engine: Engine) -> dict[str, int]:
+    """Tokens that vLLM's metrics say were looked for in the prefix cache, and found."""
+    counted = {metric.name: metric.value for metric in engine.llm.get_metrics() if "prefix_cache" in metric.name}
+    return {name: int(counted[f"vllm:prefix_cache_{name}"]) for name in ("queries", "hits")}
 
-    Returns the answers of those that were not aborted, and how many found something in the cache.
-    """
+
+def whole_units(tokens: int) -> int:
+    return tokens // 16 * 16
+
+
+def test_each_kind_of_sharing_hits_what_the_rule_says_and_is_right(tiny: str) -> None:
+    """Resend, shared head, burst, chat, tree and edited document with the embedded checkpoint, by vLLM's own count."""
+    seen: list[tuple[Answer, int]] = []
+    hits: list[int] = []  # as derived
+    texts = iter(random_prompts([120] * 90, vocabulary=1024, seed=7))
+
+    def request(prompt: list[int], hit: int, tokens: int = 4, shared: int = 0) -> list[int]:
+        """Ask; returns the conversation so far."""
+        seen.append(ask(engine, prompt, tokens, shared))
+        hits.append(hit)
+        return prompt + seen[-1][0].generated
+
+    with Engine(tiny, max_model_len=3200, disable_log_stats=False, kv_cache_memory_bytes=512 << 20) as engine:
+        for length in (17, 100, 120):  # the same again: all but the last unit
+            prompt = next(texts)[:length]
+            request(prompt, 0)
+            request(prompt, whole_units(length - 1))
+
+        head = next(texts) + next(texts)  # 240 tokens: found where the second parts, on the third
+        for hit in (0, 0, 240):
+            request(head + next(texts)[:50], hit)
+        head = next(texts) + next(texts)  # its length given: on the second
+        for hit in (0, 240, 240):
+            request(head + next(texts)[:50], hit, shared=240)
+
+        conversation: list[int] = []  # each turn hits all that the one before has computed, but for its last unit
+        for _ in range(5):
+            computed = max(0, len(conversation) - 1)  # the last token of an answer was not
+            conversation = request(conversation + next(texts)[:30], whole_units(computed), tokens=50)
+
+        system, tools = next(texts), [next(texts), next(texts)]
+        for index, tool in enumerate([0, 1, 0, 1, 0]):
+            # the second request finds that the system prompt is shared but too short to stop for; the third and
+            # fourth stop where their tool ends, 240; the fifth hits it
+            request(system + tools[tool] + next(texts)[:40], 240 if index == 4 else 0)
+
+        document = [token for _ in range(20) for token in next(texts)]  # 2400: slots at 1/2, 3/4, 7/8
+        request(document, 0)
+        request(document[:1920] + next(texts), 1808)  # 3/4 of 2400, at the next unit: 1808
+
+        head = next(texts) + next(texts)[:40]  # at once: all wait for the first one's step
+        seen += run(engine, [(head + next(texts), 4, 160) for _ in range(12)])
+        hits += [0] + 11 * [160]
+        counted = prefix_cache(engine)
+    assert [hit for _, hit in seen] == hits
+    assert counted == {"queries": sum(len(answer.prompt) for answer, _ in seen), "hits": sum(hits)}
+    assert worst(Reference(tiny), [answer for answer, _ in seen]) <= LIMIT
+
+
+@dataclass
+class Traffic:
+    """What became of random requests, but for those that were aborted."""
+
+    answers: list[Answer] = field(default_factory=list)
+    hits: int = 0  # requests that found something in the cache
+    of_prompts: int = 0  # requests that asked for their prompt's logprobs
+    preempted: int = 0
+
+
+def traffic(engine: Engine, seed: int, requests: int) -> Traffic:
+    """Random requests, added while others run: shared heads, branches, the same again, chats, aborts."""
     rng = random.Random(seed)
-    inner = engine.llm.llm_engine
+    inner, seen = engine.llm.llm_engine, Traffic()
+    preempt = engine.scheduler._preempt_request
     heads = random_prompts([40, 90, 170], seed=seed)
     past: list[list[int]] = []
-    answers: dict[str, Answer] = {}
-    hits = 0
+    aborted: set[str] = set()
+
+    def counted(*args: object, **kwargs: object) -> None:
+        seen.preempted += 1
+        preempt(*args, **kwargs)
 
     def step() -> None:
-        nonlocal hits
         for output in inner.step():
             if output.finished and output.request_id not in aborted and output.outputs[0].finish_reason == "length":
-                answers[output.request_id] = _answer(output)
-                past.append((answers[output.request_id].prompt + answers[output.request_id].generated)[:300])
-                hits += output.num_cached_tokens > 0
+                answer = _answer(output)
+                seen.answers.append(answer)
+                past.append((answer.prompt + answer.generated)[:300])
+                seen.hits += output.num_cached_tokens > 0
+                seen.of_prompts += output.prompt_logprobs is not None
 
-    aborted: set[str] = set()
+    engine.scheduler._preempt_request = counted
     for index in range(requests):
         own = random_prompts([rng.randrange(1, 60)], seed=1000 * seed + index)[0]
         kind = rng.randrange(4) if past else 1
@@ -123,7 +199,7 @@ def traffic(engine: Engine, seed: int, requests: int) -> tuple[list[Answer], int
         if kind > 1:
             earlier = rng.choice(past)
             prompt = earlier if kind == 2 else earlier[: rng.randrange(1, len(earlier) + 1)] + own
-        limits = parameters(rng.randrange(1, 100), rng.choice([0, 0, 40]))
+        limits = parameters(rng.randrange(1, 100), rng.choice([0, 0, 40]), of_prompt=rng.random() < 0.2)
         inner.add_request(f"{index}", {"prompt_token_ids": prompt}, limits)
         if index % 3 == 0:
             past.append(prompt)
@@ -134,28 +210,47 @@ def traffic(engine: Engine, seed: int, requests: int) -> tuple[list[Answer], int
             inner.abort_request([f"{index}"])
     while inner.has_unfinished_requests():
         step()
-    return list(answers.values()), hits
+    return seen
 
 
-@pytest.mark.parametrize("options", [TIGHT, {"max_num_batched_tokens": 512}], ids=["tight", "roomy"])
+@pytest.fixture(scope="module")
+def seen(model: str) -> dict[str, Traffic]:
+    """All traffics, each in an engine of its own."""
+    made = {}
+    for seed, (name, options) in enumerate(TRAFFIC.items()):
+        with Engine(model, **options) as engine:
+            made[name] = traffic(engine, seed, REQUESTS)
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(model: str, seen: dict[str, Traffic]) -> dict[str, list[Answer]]:
+    """The same texts in an engine without a cache, one by one, each in one step: the logprobs of all their tokens."""
+    with Engine(model, enable_prefix_caching=False, max_num_batched_tokens=512) as engine:
+        texts = {name: [answer.prompt + answer.generated for answer in seen[name].answers] for name in seen}
+        return {name: [engine.answers([text], 1)[0] for text in texts[name]] for name in texts}
+
+
+@pytest.mark.parametrize("name", TRAFFIC)
 def test_random_traffic_answers_as_one_by_one_without_a_cache(
-    model: str, reference: Reference, options: dict[str, object]
+    name: str, reference: Reference, seen: dict[str, Traffic], alone: dict[str, list[Answer]]
 ) -> None:
-    with Engine(model, **options) as engine:
-        preempted = 0
-        preempt = scheduler_of(engine)._preempt_request
+    of_all = seen[name]
+    assert len(of_all.answers) >= 0.8 * REQUESTS
+    assert of_all.of_prompts >= 5
+    if name == "tight":
+        assert of_all.preempted, "the cache is not tight: choose a smaller one"
+    assert of_all.hits >= (3 if name == "tight" else 15)
+    for answer, expected in zip(of_all.answers, alone[name], strict=True):
+        given = torch.tensor(answer.logprobs)
+        difference = given - torch.tensor(expected.logprobs[: len(given)])
+        assert difference.nan_to_num().abs().max() <= LIMIT
+        assert not given[-len(answer.generated) :].isnan().any()
+    assert worst(reference, of_all.answers[::7]) <= LIMIT  # both engines could be wrong alike
 
-        def count(*args: object, **kwargs: object) -> None:
-            nonlocal preempted
-            preempted += 1
-            preempt(*args, **kwargs)
 
-        scheduler_of(engine)._preempt_request = count
-        answers, hits = traffic(engine, seed=1, requests=100)
-    if options is TIGHT:
-        assert preempted, "the cache is not tight: choose a smaller one"
-    assert hits >= (5 if options is TIGHT else 30)
-    assert worst(reference, answers) <= LIMIT
+def test_random_traffic_is_of_hundreds(seen: dict[str, Traffic]) -> None:
+    assert sum(len(of_one.answers) for of_one in seen.values()) >= 300
 
 
 def test_a_corrupted_state_is_caught(model: str, reference: Reference) -> None:

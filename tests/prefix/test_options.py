@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from vllm.platforms import current_platform
 
-from vllm_bamba.prefix.options import SCHEDULER, SlotOptions, configure, shared_tokens
+from vllm_bamba.prefix.options import SCHEDULER, SlotOptions, configure, shared_tokens, system_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +124,9 @@ def test_a_shared_length_that_is_none_is_ignored(value: object) -> None:
     assert shared_tokens(SimpleNamespace(extra_args={"bamba_shared_tokens": value})) == 0
     assert shared_tokens(SimpleNamespace(extra_args=None)) == 0
     assert shared_tokens(SimpleNamespace(extra_args={"bamba_shared_tokens": 100})) == 100
+
+
+def test_what_a_request_says_comes_before_its_system_messages() -> None:
+    assert system_tokens(SimpleNamespace(extra_args={"bamba_system_tokens": 80})) == 80
+    assert system_tokens(SimpleNamespace(extra_args={"bamba_system_tokens": 80, "bamba_shared_tokens": 20})) == 0
+    assert system_tokens(SimpleNamespace(extra_args=None)) == 0

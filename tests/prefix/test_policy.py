@@ -1,8 +1,10 @@
 """Which positions get a slot and which slot goes, in plain integers."""
 
+import random
+
 import pytest
 
-from vllm_bamba.prefix.policy import LEAST_GAIN, SPREAD_FROM, Kind, SlotTable, chunk_tokens, plan_prefill
+from vllm_bamba.prefix.policy import LEAST_GAIN, SPREAD_FROM, Kind, Slot, SlotTable, chunk_tokens, plan_prefill
 
 ROOT: list[str] = []
 
@@ -30,6 +32,13 @@ def test_a_given_shared_part_is_kept_at_its_last_whole_unit() -> None:
     assert plan_prefill(356, hit=0, hint=250) == {240: Kind.SHARED, 352: Kind.PROMPT}
     assert plan_prefill(356, hit=0, hint=9999) == {352: Kind.SHARED}  # no further than the prompt
     assert plan_prefill(356, hit=240, hint=250) == {352: Kind.PROMPT}  # no further back than the hit
+
+
+def test_the_end_of_system_messages_is_kept_whatever_it_saves() -> None:
+    assert plan_prefill(100, hit=0, system=40) == {32: Kind.SYSTEM, 96: Kind.PROMPT}
+    assert plan_prefill(100, hit=32, system=40) == {96: Kind.PROMPT}
+    assert plan_prefill(100, hit=0, system=15) == {96: Kind.PROMPT}
+    assert plan_prefill(100, hit=0, system=99) == {96: Kind.SYSTEM}
 
 
 def test_long_prompts_leave_some_on_the_way_where_memory_allows() -> None:
@@ -108,6 +117,15 @@ def test_slots_of_use_are_at_most_three_quarters() -> None:
     assert [slots[i].uses for i in range(4)] == [0, 1, 1, 1]  # the fourth was one too many; the least valuable pays
 
 
+def test_a_system_message_is_of_use_once_a_second_chat_has_it() -> None:
+    slots = table()
+    slots.add("parting", 100, ROOT, Kind.SHARED, 11)
+    slots.add("system", 100, ROOT, Kind.SYSTEM, 11)
+    assert (slots["parting"].uses, slots["system"].uses) == (1, 0)
+    slots.hit("system")
+    assert slots["system"].uses == 1
+
+
 def test_a_continued_answer_counts_as_unused_unless_others_use_it() -> None:
     slots = table()
     for key, hits in (("one", 1), ("two", 2)):
@@ -128,3 +146,34 @@ def test_removing_a_slot_ties_those_below_to_the_one_above() -> None:
     assert slots["c"].parent == "a"
     slots.remove("a")
     assert slots["c"].parent is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_slot_that_goes_is_the_one_that_the_rule_names(seed: int) -> None:
+    """Random histories, beside the rule worked out slot by slot."""
+    rng, slots = random.Random(seed), table(40)
+
+    def value(slot: Slot) -> int:
+        above = slots[slot.parent].position if slot.parent is not None else 0
+        return ((slot.position - above) * (1 + slot.uses) << 20) // slot.blocks // (1 + slots._clock - slot.last)
+
+    keys: list[int] = []
+    for key in range(400):
+        slots.add(
+            key, 16 * rng.randrange(1, 500), rng.sample(keys, min(3, len(keys))), Kind.PROMPT, rng.randrange(11, 60)
+        )
+        keys.append(key)
+        if rng.random() < 0.5:
+            slots.hit(rng.choice(keys))
+        if rng.random() < 0.1:
+            slots.supersede(rng.choice(keys))
+        idle = set(rng.sample(keys, -(-3 * len(keys) // 4))).__contains__
+        for of_use in (False, True):
+            values = [value(slots[k]) for k in keys if idle(k) and (slots[k].uses > 0) == of_use]
+            victim = slots._least_value(of_use, idle)
+            assert (victim is None) == (not values)
+            assert victim is None or (value(slots[victim]), slots[victim].uses > 0) == (min(values), of_use)
+        while slots.full:
+            victim = slots.victim(idle, proven=True)
+            slots.remove(victim)
+            keys.remove(victim)

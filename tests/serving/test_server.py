@@ -79,13 +79,37 @@ def test_repeated_prompt_is_served_from_the_prefix_cache_with_the_same_answer(se
     prompt = PROMPT + " the items of the sequence in reverse order." * 150
     first, second = (complete(server, prompt).json() for _ in range(2))
     assert first["choices"][0]["text"] == second["choices"][0]["text"]
-    metrics = requests.get(f"{server}/metrics", timeout=10).text
-    hits = sum(
-        float(line.rsplit(" ", 1)[1])
-        for line in metrics.splitlines()
-        if line.startswith("vllm:prefix_cache_hits_total")
-    )
-    assert hits > 0
+    assert prefix_cache(server)["hits"] > 0
+
+
+def prefix_cache(url: str) -> dict[str, int]:
+    """Tokens that vLLM's metrics say were looked for in the prefix cache, and found."""
+    lines = requests.get(f"{url}/metrics", timeout=10).text.splitlines()
+    return {
+        name: sum(int(float(v.rsplit(" ", 1)[1])) for v in lines if v.startswith(f"vllm:prefix_cache_{name}_total"))
+        for name in ("queries", "hits")
+    }
+
+
+def chat(url: str, *messages: dict) -> dict:
+    body = {"messages": messages, "max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
+    answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+@pytest.mark.parametrize("in_parts", [False, True], ids=["text", "parts"])
+def test_the_second_chat_hits_the_system_message_of_the_first(server, tiny, in_parts):
+    from transformers import AutoTokenizer
+
+    text = f"You answer questions on lists, in parts: {in_parts}. " + "Be brief and name the function that helps. " * 4
+    shared = len(AutoTokenizer.from_pretrained(tiny)(f"<s>System: {text}\n\nUser:")["input_ids"])
+    system = {"role": "system", "content": [{"type": "text", "text": text}] if in_parts else text}
+    before = prefix_cache(server)
+    answers = [chat(server, system, {"role": "user", "content": question}) for question in ("What is it?", "How long?")]
+    after = prefix_cache(server)
+    assert after["queries"] - before["queries"] == sum(answer["usage"]["prompt_tokens"] for answer in answers)
+    assert after["hits"] - before["hits"] == shared // 16 * 16 >= 48
 
 
 def test_chat_follows_the_checkpoints_template(server):

@@ -11,5 +11,6 @@ are found at the same positions.
 | `slots` | which of vLLM's blocks a slot holds |
 | `managers` | vLLM's cache managers: what gets a key, and when |
 | `scheduler` | vLLM's schedulers: where a prefill stops |
-| `simulator` | the real scheduler and managers without a model |
+
+`benchmarks/simulator.py` runs vLLM's real scheduler and these managers without a model.
 """

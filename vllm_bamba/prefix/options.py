@@ -16,6 +16,8 @@ Option of a request, in `SamplingParams(extra_args=...)`, over HTTP in `"vllm_xa
 | key | meaning |
 |---|---|
 | `bamba_shared_tokens` | tokens at the prompt's start that other requests will share: they hit it from the second on |
+
+A chat that says nothing shares its system messages.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.platforms import current_platform
 
+from vllm_bamba.prefix.chat import KEY
 from vllm_bamba.prefix.policy import UNIT
 
 if TYPE_CHECKING:
@@ -68,7 +71,16 @@ class SlotOptions:
 
 def shared_tokens(sampling_params: Any) -> int:
     """Tokens that the request says others will share, 0 where it says nothing that can be used."""
-    value = (getattr(sampling_params, "extra_args", None) or {}).get("bamba_shared_tokens", 0)
+    return _tokens(sampling_params, "bamba_shared_tokens")
+
+
+def system_tokens(sampling_params: Any) -> int:
+    """Tokens of a chat's system messages, 0 for other requests and where the request itself says what is shared."""
+    return 0 if shared_tokens(sampling_params) else _tokens(sampling_params, KEY)
+
+
+def _tokens(sampling_params: Any, key: str) -> int:
+    value = (getattr(sampling_params, "extra_args", None) or {}).get(key, 0)
     return value if isinstance(value, int) and value > 0 else 0
 
 
@@ -83,6 +95,8 @@ def configure(vllm_config: VllmConfig, has_attention: bool = True) -> None:
     Raises:
         ValueError: an option has a value that makes no sense, or vLLM's own caching would be wrong with it.
     """
+    from vllm_bamba.compat import measure_system_messages
+
     cache = vllm_config.cache_config
     options = SlotOptions.of(vllm_config)
     if active(vllm_config):
@@ -112,6 +126,7 @@ def configure(vllm_config: VllmConfig, has_attention: bool = True) -> None:
     # vLLM finds hits inside of attention blocks only where hashes are finer than the state's block
     cache.prefix_match_unit = unit // 2
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+    measure_system_messages(active)
 
 
 def _obstacle(vllm_config: VllmConfig, has_attention: bool) -> str | None:

@@ -3,11 +3,13 @@
 The rule, in full:
 
 - A prefill leaves a slot at the end of its prompt, at the end of the part that it shares with others (known because
-  an earlier prompt parts there, or because the request says so), and, where it has at least `SPREAD_FROM` tokens to
-  compute and half of the slots are free, at `SPREAD` of its length.
+  an earlier prompt parts there, because the request says so, or because a chat's system messages end there), and,
+  where it has at least `SPREAD_FROM` tokens to compute and half of the slots are free, at `SPREAD` of its length.
 - A position where prompts part gets one only if it saves `LEAST_GAIN` tokens, since stopping a prefill there costs a
   step.
 - A running answer keeps one slot, at its newest boundary.
+- A slot counts as of use once a request has started from it; where two prompts part, or the request says that others
+  share its text, from the beginning. The end of a system message must prove itself: each chat may have its own.
 - A slot that was never of use goes before any that was; among equals the one of least value goes, which is
   `tokens saved x (1 + uses) / (age x blocks)`. Tokens saved are those since the next slot up the same text; age counts
   the slots that were added or hit since this one last was. So prompts that come once push out each other, never the
@@ -21,6 +23,8 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
+import numpy as np
+
 Key = Hashable
 
 UNIT = 16  # tokens: slots lie at multiples of it, hits too
@@ -29,6 +33,7 @@ SPREAD_FROM = 2048  # tokens
 SPREAD = ((1, 2), (3, 4), (7, 8))
 PROVEN = (3, 4)
 _SCALE = 1 << 20  # keeps the values' fractions in integers
+_MOST = (1 << 63) - 1  # a value above all others
 
 
 class Kind(Enum):
@@ -36,12 +41,13 @@ class Kind(Enum):
 
     PROMPT = "end of a prompt"
     SHARED = "end of what several requests share"
+    SYSTEM = "end of a chat's system messages"
     SPREAD = "on the way of a long prompt"
     ANSWER = "newest boundary of an answer"
 
 
 def plan_prefill(
-    tokens: int, hit: int, junction: int = 0, hint: int = 0, unit: int = UNIT, roomy: bool = True
+    tokens: int, hit: int, junction: int = 0, hint: int = 0, system: int = 0, unit: int = UNIT, roomy: bool = True
 ) -> dict[int, Kind]:
     """Positions, in tokens, at which a prefill leaves a slot.
 
@@ -50,6 +56,7 @@ def plan_prefill(
         hit: tokens that the cache gives it; computing starts there.
         junction: where an earlier prompt parts from this one, 0 where none is known beyond `hit`.
         hint: length of the shared part as the request gives it, 0 without.
+        system: length of a chat's system messages, 0 where there are none.
         unit: tokens between possible positions.
         roomy: whether there is memory for the positions on the way.
     """
@@ -61,6 +68,7 @@ def plan_prefill(
             if position - hit >= LEAST_GAIN:
                 plan[position] = Kind.SPREAD
     plan[last] = Kind.PROMPT
+    plan[min(system // unit * unit, last)] = Kind.SYSTEM
     if junction - hit >= LEAST_GAIN:
         plan[junction // unit * unit] = Kind.SHARED
     if hint:
@@ -81,6 +89,7 @@ class Slot:
         position: tokens before it.
         parent: the next slot up the same text, None where there is none.
         blocks: memory that goes with it.
+        row: of the table's columns.
         last: the clock when it was last added or hit.
         uses: requests that started from it, plus one where it is known to be shared.
     """
@@ -89,6 +98,7 @@ class Slot:
     parent: Key | None
     kind: Kind
     blocks: int
+    row: int
     last: int
     uses: int = 0
     children: set[Key] = field(default_factory=set)
@@ -97,6 +107,9 @@ class Slot:
 class SlotTable:
     """The slots in the cache, and which of them to give up.
 
+    An engine has thousands of slots and looks for the one to give up while its scheduler runs. What the rule compares
+    therefore lies in columns of integers, one row for each slot, which numpy goes through in some microseconds.
+
     Args:
         capacity: the most slots that may exist.
     """
@@ -104,6 +117,8 @@ class SlotTable:
     def __init__(self, capacity: int):
         self.capacity = capacity
         self._slots: dict[Key, Slot] = {}
+        self._rows: list[Key] = []
+        self._columns: np.ndarray = np.zeros((3, 64), np.int64)  # value at age 1, clock when last added or hit, uses
         self._clock = 0
         self._proven = 0
 
@@ -137,9 +152,11 @@ class SlotTable:
         above = [k for k in lineage if k in self._slots and self._slots[k].position < position]
         parent = max(above, key=lambda k: self._slots[k].position, default=None)
         self._clock += 1
-        self._slots[key] = Slot(position, parent, kind, blocks, self._clock)
+        self._slots[key] = Slot(position, parent, kind, blocks, len(self._rows), self._clock)
+        self._rows.append(key)
         if parent is not None:
             self._slots[parent].children.add(key)
+        self._write(key)
         if kind is Kind.SHARED:
             self._prove(key)
 
@@ -152,8 +169,7 @@ class SlotTable:
     def supersede(self, key: Key) -> None:
         """The one request that started from this slot has left a later one: it counts as unused again."""
         if key in self._slots and self._slots[key].uses == 1:
-            self._slots[key].uses = 0
-            self._proven -= 1
+            self._forget_uses(key)
 
     def remove(self, key: Key) -> None:
         slot = self._slots.pop(key)
@@ -164,12 +180,12 @@ class SlotTable:
             self._slots[child].parent = slot.parent
             if slot.parent is not None:
                 self._slots[slot.parent].children.add(child)
-
-    def value(self, key: Key) -> int:
-        slot = self._slots[key]
-        saved = slot.position - (self._slots[slot.parent].position if slot.parent is not None else 0)
-        age = 1 + self._clock - slot.last
-        return saved * (1 + slot.uses) * _SCALE // (age * slot.blocks)
+            self._write(child)
+        moved = self._rows.pop()  # the last row takes the place of the one that goes
+        if moved != key:
+            self._rows[slot.row] = moved
+            self._slots[moved].row = slot.row
+            self._write(moved)
 
     def victim(self, idle: Callable[[Key], bool], proven: bool) -> Key | None:
         """The slot to give up first, None where there is none.
@@ -178,19 +194,43 @@ class SlotTable:
             idle: whether giving up this slot would free memory now.
             proven: whether one that was of use may go too, if there is no other.
         """
-        candidates = [key for key, slot in self._slots.items() if not slot.uses and idle(key)]
-        if not candidates and proven:
-            candidates = [key for key in self._slots if idle(key)]
-        return min(candidates, key=self.value, default=None)
+        unused = self._least_value(False, idle)
+        return self._least_value(True, idle) if unused is None and proven else unused
+
+    def _least_value(self, of_use: bool, idle: Callable[[Key], bool] = lambda key: True) -> Key | None:
+        """Of the slots that were of use, or of those that were not, the one of least value."""
+        value, last, uses = self._columns[:, : len(self._rows)]
+        values = np.where((uses > 0) == of_use, value // (1 + self._clock - last), _MOST)
+        while len(values):
+            row = int(values.argmin())
+            if values[row] == _MOST:
+                return None
+            if idle(self._rows[row]):
+                return self._rows[row]
+            values[row] = _MOST
+        return None
+
+    def _write(self, key: Key) -> None:
+        """Bring a slot's row up to date."""
+        slot = self._slots[key]
+        if slot.row == self._columns.shape[1]:
+            self._columns = np.hstack([self._columns, np.zeros_like(self._columns)])
+        saved = slot.position - (self._slots[slot.parent].position if slot.parent is not None else 0)
+        value = min(saved * (1 + slot.uses) * _SCALE // slot.blocks, _MOST - 1)
+        self._columns[:, slot.row] = value, slot.last, slot.uses
 
     def _prove(self, key: Key) -> None:
         slot = self._slots[key]
         slot.uses += 1
+        self._write(key)
         if slot.uses > 1:
             return
         self._proven += 1
         numerator, denominator = PROVEN
         if self._proven * denominator > self.capacity * numerator:
-            proven = [k for k, s in self._slots.items() if s.uses]
-            self._slots[min(proven, key=self.value)].uses = 0
-            self._proven -= 1
+            self._forget_uses(self._least_value(True))
+
+    def _forget_uses(self, key: Key) -> None:
+        self._slots[key].uses = 0
+        self._proven -= 1
+        self._write(key)

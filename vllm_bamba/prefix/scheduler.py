@@ -8,7 +8,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from vllm_bamba.prefix.options import SlotOptions, shared_tokens
+from vllm_bamba.prefix.options import SlotOptions, shared_tokens, system_tokens
 from vllm_bamba.prefix.policy import chunk_tokens, plan_prefill
 from vllm_bamba.prefix.slots import Slots
 
@@ -41,6 +41,7 @@ class PrefixAware(Scheduler):
                 start,
                 junction=request.shared_prefix_boundary,
                 hint=shared_tokens(request.sampling_params),
+                system=system_tokens(request.sampling_params),
                 unit=2 * self.hash_block_size,
                 roomy=self.slots.table.roomy,
             )

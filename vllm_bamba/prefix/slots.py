@@ -7,7 +7,8 @@ gone stands first in the queue of free blocks, so that nothing of use is taken w
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from vllm_bamba.compat import before_allocation, free_blocks_in_order, move_to_front, remove_keys
@@ -32,7 +33,7 @@ class Slots:
         self.plans: dict[str, dict[int, Kind]] = {}
         self._states: dict[Key, list[KVCacheBlock]] = {}
         self._texts: dict[Key, list[KVCacheBlock]] = {}
-        self._needed: Counter[int] = Counter()  # attention block id -> slots
+        self._owners: dict[int, dict[Key, None]] = {}  # block id -> slots that hold it, in order
         self._lineage: defaultdict[str, list[Key]] = defaultdict(list)
         self._newest: dict[str, Key] = {}  # of each answer
         self._step: defaultdict[str, list[Key]] = defaultdict(list)
@@ -71,11 +72,12 @@ class Slots:
 
     def add_state(self, key: Key, block: KVCacheBlock) -> None:
         self._states[key].append(block)
+        self._own(key, block)
 
     def finish(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
         """The request is about to give back its attention blocks: those that no slot needs lose their keys."""
         for block in blocks:
-            if not block.is_null and block.ref_cnt == 1 and not self._needed[block.block_id]:
+            if not block.is_null and block.ref_cnt == 1 and block.block_id not in self._owners:
                 remove_keys(self.pool, block)
         for of_request in (self.plans, self._lineage, self._newest):
             of_request.pop(request_id, None)
@@ -102,12 +104,15 @@ class Slots:
     # memory
 
     def make_room(self, wanted: int) -> None:
-        """Give up slots until the first `wanted` free blocks hold nothing of use, or nothing can be done."""
-        while (block := self._keyed_among(wanted)) is not None:
-            victim = self.table.victim(self._idle, proven=True)
-            if victim is not None:
-                self._drop(victim)
-            else:
+        """Give up slots until the first `wanted` free blocks hold nothing of use, or nothing can be done.
+
+        Free blocks without a key stand before all others, and what is given up joins them: to count it is enough.
+        """
+        missing = wanted - self._blank(wanted)
+        while missing > 0 and (victim := self.table.victim(self._idle, proven=True)) is not None:
+            missing -= self._drop(victim)
+        if missing > 0:
+            for block in list(islice(free_blocks_in_order(self.pool), wanted)):
                 self._drop_owners(block)
                 self._forget(block)
 
@@ -130,12 +135,13 @@ class Slots:
             self._drop(victim)
         lineage = self._lineage[request_id]
         text = self.attention.blocks_of(request_id, position)
-        alone = sum(not self._needed[block.block_id] for block in text)
+        alone = sum(block.block_id not in self._owners for block in text)
         self.table.add(key, position, lineage, kind, self.groups + alone)
         lineage.append(key)
         self._states[key] = []
         self._texts[key] = text
-        self._needed.update(block.block_id for block in text)
+        for block in text:
+            self._own(key, block)
         self._step[request_id].append(key)
         if kind is Kind.ANSWER:
             self._newest[request_id] = key
@@ -155,30 +161,39 @@ class Slots:
     def _idle(self, key: Key) -> bool:
         return any(block.ref_cnt == 0 for block in self._states[key])
 
-    def _keyed_among(self, wanted: int) -> KVCacheBlock | None:
-        """The first of the next `wanted` free blocks that has a key."""
-        for _, block in zip(range(wanted), free_blocks_in_order(self.pool), strict=False):
+    def _blank(self, wanted: int) -> int:
+        """Of the next `wanted` free blocks, those that stand before the first with a key."""
+        for count, block in enumerate(islice(free_blocks_in_order(self.pool), wanted)):
             if block.block_hash is not None:
-                return block
-        return None
+                return count
+        return wanted
 
-    def _drop(self, key: Key) -> None:
+    def _own(self, key: Key, block: KVCacheBlock) -> None:
+        self._owners.setdefault(block.block_id, {})[key] = None
+
+    def _drop(self, key: Key) -> int:
+        """Give up a slot; returns how many free blocks came to the front."""
         self.table.remove(key)
-        for block in self._states.pop(key):
-            self._forget(block)
-        for block in self._texts.pop(key):
-            self._needed[block.block_id] -= 1
-            if not self._needed[block.block_id]:
-                del self._needed[block.block_id]
-                if block.ref_cnt == 0:
-                    self._forget(block)
+        moved = 0
+        states = self._states.pop(key)
+        for block in states + self._texts.pop(key):
+            owners = self._owners[block.block_id]
+            del owners[key]
+            if not owners:
+                del self._owners[block.block_id]
+                if block.ref_cnt == 0 or block in states:  # a running request still needs its text's keys
+                    moved += self._forget(block)
+        return moved
 
     def _drop_owners(self, block: KVCacheBlock) -> None:
-        for key in [k for k in self._states if block in self._states[k] or block in self._texts[k]]:
+        for key in list(self._owners.get(block.block_id, ())):
             self._drop(key)
 
-    def _forget(self, block: KVCacheBlock) -> None:
-        if block.block_hash is not None:
-            remove_keys(self.pool, block)
-            if block.ref_cnt == 0:
-                move_to_front(self.pool, block)
+    def _forget(self, block: KVCacheBlock) -> bool:
+        """Remove a block's keys; returns whether it was free and came to the front."""
+        if block.block_hash is None:
+            return False
+        remove_keys(self.pool, block)
+        if block.ref_cnt == 0:
+            move_to_front(self.pool, block)
+        return block.ref_cnt == 0

@@ -91,7 +91,6 @@ class Simulator:
         geometry: of its cache.
         slots: with prefix-aware slots, or vLLM alone.
         unit: `--prefix-match-unit`.
-        state_block: tokens of a state's block for vLLM alone, where it is not to be the attention block's.
         asynchronous: schedule each step before the one before is done.
         share: `bamba_prefix_share`.
         exports: for vLLM alone, whether a prefill also leaves the state inside it that vLLM may ask for, as vLLM's
@@ -101,8 +100,7 @@ class Simulator:
 
     def __init__(
         self, geometry: Geometry = Geometry(), slots: bool = True, unit: int | None = None,
-        state_block: int | None = None, asynchronous: bool = False, share: float | None = None, exports: bool = False,
-        **options: Any,
+        asynchronous: bool = False, share: float | None = None, exports: bool = False, **options: Any,
     ):  # fmt: skip
         init_none_hash(sha256)
         self.asynchronous = asynchronous
@@ -123,7 +121,7 @@ class Simulator:
             additional_config={} if share is None else {"bamba_prefix_share": share},
         )  # fmt: skip
         cache = config.cache_config
-        cache.block_size, cache.mamba_block_size, cache.prefix_match_unit = block, state_block or block, unit
+        cache.block_size, cache.mamba_block_size, cache.prefix_match_unit = block, block, unit
         config.scheduler_config.scheduler_cls, config.scheduler_config.async_scheduling = None, asynchronous
         if slots:
             configure(config)

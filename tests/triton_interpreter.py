@@ -1,7 +1,7 @@
 """Triton kernels on a machine without a GPU: its interpreter, made to round as GPUs do.
 
-Triton's interpreter cuts fp32 off towards zero where it makes bf16 of it. A GPU rounds to nearest even, and a state that
-is stored every step shows the difference.
+Triton's interpreter cuts fp32 off towards zero where it makes bf16 of it. A GPU rounds to nearest even, and a state
+that is stored every step shows the difference.
 """
 
 import os

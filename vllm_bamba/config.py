@@ -187,6 +187,7 @@ class BambaServingConfig(VerifyAndUpdateConfig):
             ValueError: naming the field or flag and what to do about it.
         """
         from vllm_bamba.compat import check_options, choose_state_dtype
+        from vllm_bamba.fused import check_step
         from vllm_bamba.prefix.options import configure
         from vllm_bamba.weights import check_files
 
@@ -200,6 +201,7 @@ class BambaServingConfig(VerifyAndUpdateConfig):
             intermediate_size=shape.intermediate_size,
         )
         check_options(vllm_config)
+        check_step(vllm_config, shape)
         choose_state_dtype(vllm_config)
         configure(vllm_config, has_attention=bool(shape.attention_layers))
         check_files(vllm_config.model_config.model, vllm_config.load_config.load_format)

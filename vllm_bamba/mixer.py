@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_bamba.compat import MambaStateDtypeCalculator, mix_opaquely, state_backend
 from vllm_bamba.config import BambaShape
+from vllm_bamba.fused import FusedMixing, slot_format
 from vllm_bamba.ops.causal_conv1d import causal_conv1d_prefill, causal_conv1d_step
 from vllm_bamba.ops.gated_norm import gated_rms_norm
 from vllm_bamba.ops.ssd_prefill import ssd_prefill, warm_up
@@ -139,6 +140,9 @@ class BambaMixer(nn.Module, MambaBase):
             prefix=f"{prefix}.out_proj",
         )
 
+        form = slot_format(vllm_config, shape)
+        self.fused = None if form is None else FusedMixing(self, form)  # else vLLM's operators
+
         layers = vllm_config.compilation_config.static_forward_context
         if prefix in layers:
             raise ValueError(f"duplicate layer name: {prefix}")
@@ -167,52 +171,55 @@ class BambaMixer(nn.Module, MambaBase):
             self._warm_up(projected_states)
             output.zero_()
             return
+        mix_decode, mix_prefill = (
+            (self._decode, self._prefill) if self.fused is None else (self.fused.decode, self.fused.prefill)
+        )
         decode, prefill = plan_batch(metadata)
         end = 0
         if decode is not None:
             end = decode.num_tokens
-            self._decode(projected_states[:end], decode, output[:end])
+            mix_decode(projected_states[:end], decode, output[:end])
         if prefill is not None:
             rows = slice(end, end + prefill.num_tokens)
             end = rows.stop
-            self._prefill(projected_states[rows], prefill, output[rows])
+            mix_prefill(projected_states[rows], prefill, output[rows])
         output[end:].zero_()  # padding: a NaN there would reach all rows through a dynamic fp8 scale
 
     def _decode(self, projected: torch.Tensor, plan: DecodePlan, output: torch.Tensor) -> None:
         conv_state, ssm_state = channels_first(self.kv_cache[0]), self.kv_cache[1]
-        xBC, dt = self._split(projected)
+        xBC, dt = self.split(projected)
         xBC = causal_conv1d_step(xBC, self.conv1d.weight, self.conv1d.bias, conv_state, plan)
-        x, B, C = self._heads(xBC)
-        ssm_step(
-            x, dt, self.A, B, C, self.D, self.dt_bias, self.shape.time_step_limit, ssm_state, plan, self._y(output)
-        )
+        x, B, C = self.heads(xBC)
+        ssm_step(x, dt, self.A, B, C, self.D, self.dt_bias, self.shape.time_step_limit, ssm_state, plan, self.y(output))
 
     def _prefill(self, projected: torch.Tensor, plan: PrefillPlan, output: torch.Tensor) -> None:
         conv_state, ssm_state = channels_first(self.kv_cache[0]), self.kv_cache[1]
-        xBC, dt = self._split(projected)
+        xBC, dt = self.split(projected)
         xBC = causal_conv1d_prefill(xBC, self.conv1d.weight, self.conv1d.bias, conv_state, plan)
-        x, B, C = self._heads(xBC)
+        x, B, C = self.heads(xBC)
         limit = self.shape.time_step_limit
-        ssd_prefill(x, dt, self.A, B, C, self.D, self.dt_bias, limit, ssm_state, plan, self._y(output))
+        ssd_prefill(x, dt, self.A, B, C, self.D, self.dt_bias, limit, ssm_state, plan, self.y(output))
 
-    def _split(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def split(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x | B | C and dt of a projection; the gate waits for the norm."""
         sizes = [self.shard.local_intermediate, self.shard.local_conv_channels, self.shard.local_heads]
         _, xBC, dt = projected.split(sizes, dim=-1)
         return xBC, dt
 
-    def _heads(self, xBC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def heads(self, xBC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [tokens, heads, head_dim], B and C [tokens, groups, state]."""
         shard = self.shard
         x, B, C = xBC.split([shard.local_intermediate, shard.local_bc, shard.local_bc], dim=-1)
         groups = (shard.local_groups, shard.state)
         return x.unflatten(-1, (shard.local_heads, shard.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
 
-    def _y(self, output: torch.Tensor) -> torch.Tensor:
+    def y(self, output: torch.Tensor) -> torch.Tensor:
+        """The output, [tokens, channels], as [tokens, heads, head_dim]."""
         return output.view(len(output), self.shard.local_heads, self.shard.head_dim)
 
     def _warm_up(self, projected: torch.Tensor) -> None:
-        shard, state_dtype = self.shard, self.get_state_dtype()[1]
+        shard = self.shard
+        state_dtype = torch.float32 if self.fused is not None else self.get_state_dtype()[1]
         warm_up(
             shard.local_heads,
             shard.head_dim,
@@ -236,10 +243,14 @@ class BambaMixer(nn.Module, MambaBase):
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         return state_spec(super().get_kv_cache_spec(vllm_config), vllm_config)
 
-    def get_state_shape(self) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
+        if self.fused is not None:
+            return self.fused.form.shapes()
         return state_shapes(self.shape, self.shard.size, self.draft_tokens)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        if self.fused is not None:
+            return self.fused.form.dtypes()
         cache = self.cache_config
         return MambaStateDtypeCalculator.mamba2_state_dtype(
             self.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype

@@ -37,6 +37,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_bamba.compat import MambaStateCopyFuncCalculator, MambaStateDtypeCalculator, prepare_lora
 from vllm_bamba.config import BambaShape
+from vllm_bamba.fused import slot_format
 from vllm_bamba.mixer import BambaMixer
 from vllm_bamba.prefix.options import attention_spec
 from vllm_bamba.state import state_shapes
@@ -287,13 +288,17 @@ class BambaForCausalLM(
     # what vLLM's state manager asks before there is a model
 
     @classmethod
-    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
         shape = BambaShape.from_hf(vllm_config.model_config.hf_config)
+        if form := slot_format(vllm_config, shape):
+            return form.shapes()
         ranks = vllm_config.parallel_config.tensor_parallel_size
         return state_shapes(shape, ranks, vllm_config.num_speculative_tokens)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        if form := slot_format(vllm_config, BambaShape.from_hf(vllm_config.model_config.hf_config)):
+            return form.dtypes()
         cache = vllm_config.cache_config
         return MambaStateDtypeCalculator.mamba2_state_dtype(
             vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype

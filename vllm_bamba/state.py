@@ -196,6 +196,27 @@ class SlotFormat:
             tensors["ring_dt"] = ((heads, self.replay), torch.float32)
         return tensors
 
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """One slot as vLLM sees it: the convolution's inputs, then the bytes of all the rest.
+
+        vLLM copies the two when it moves a sequence to another slot; what is in the bytes is nobody's business.
+        """
+        (conv, _), *rest = self.tensors().values()
+        return conv, (sum(_bytes(shape, dtype) for shape, dtype in rest),)
+
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        return self.dtype, torch.int8
+
     def bind(self, states: tuple[torch.Tensor, ...]) -> FusedSlots:
-        """The tensors that vLLM made for `tensors()`."""
-        return FusedSlots(**dict(zip(self.tensors(), states, strict=True)))
+        """The tensors inside of what vLLM made for `shapes()` and `dtypes()`."""
+        conv, rest = states
+        tensors, start = {"conv": conv}, 0
+        for name, (shape, dtype) in list(self.tensors().items())[1:]:
+            size = _bytes(shape, dtype)
+            tensors[name] = rest[:, start : start + size].view(dtype).view(-1, *shape)
+            start += size
+        return FusedSlots(**tensors)
+
+
+def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize

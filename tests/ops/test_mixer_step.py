@@ -111,17 +111,12 @@ def stored(state: torch.Tensor, form: SlotFormat) -> torch.Tensor:
 
 def poisoned(form: SlotFormat, slots: int) -> tuple[torch.Tensor, FusedSlots]:
     """Pages as vLLM lays them out, all bytes 0xff: NaN in every floating-point dtype."""
-    sizes = {name: (shape, dtype, shape_bytes(shape, dtype)) for name, (shape, dtype) in form.tensors().items()}
-    pages = torch.full((slots, sum(s for *_, s in sizes.values()) + 64), 255, dtype=torch.uint8, device=DEVICE)
-    states, offset = [], 0
-    for shape, dtype, size in sizes.values():
-        states.append(pages[:, offset : offset + size].view(dtype).view(slots, *shape))
-        offset += size
-    return pages, form.bind(tuple(states))
-
-
-def shape_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return torch.Size(shape).numel() * dtype.itemsize
+    sizes = [
+        torch.Size(shape).numel() * dtype.itemsize for shape, dtype in zip(form.shapes(), form.dtypes(), strict=True)
+    ]
+    pages = torch.full((slots, sum(sizes) + 64), -1, dtype=torch.int8, device=DEVICE)
+    conv, rest, _ = pages.split([*sizes, 64], 1)
+    return pages, form.bind((conv.view(form.dtype).view(slots, *form.shapes()[0]), rest))
 
 
 DTYPES_OF_STATES = [

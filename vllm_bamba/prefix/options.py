@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.platforms import current_platform
 
+from vllm_bamba.fused import StepOptions
 from vllm_bamba.prefix.chat import KEY
 from vllm_bamba.prefix.policy import UNIT
 
@@ -57,9 +58,10 @@ class SlotOptions:
         """
         given = vllm_config.additional_config
         given = given if isinstance(given, dict) else {}
-        unknown = sorted(k for k in given if k.startswith("bamba_") and k not in cls.KEYS)
+        known = (*cls.KEYS, *StepOptions.KEYS)
+        unknown = sorted(k for k in given if k.startswith("bamba_") and k not in known)
         if unknown:
-            raise ValueError(f"additional_config: {', '.join(unknown)} unknown, there are {', '.join(cls.KEYS)}.")
+            raise ValueError(f"additional_config: {', '.join(unknown)} unknown, there are {', '.join(known)}.")
         on = given.get("bamba_prefix_slots", current_platform.is_cpu())
         share = given.get("bamba_prefix_share", cls.share)
         if not isinstance(on, bool):

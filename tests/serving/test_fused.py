@@ -1,0 +1,98 @@
+"""Engines whose decode step is the fused kernel, against Transformers; without a GPU in Triton's interpreter."""
+
+import pytest
+import torch
+from parity import Engine, Reference, assert_same, check_low_precision, random_prompts, save_random
+
+from vllm_bamba.ops.mixer_step import tuning
+
+FUSED = {"bamba_fused_step": True, "bamba_replay": 8}
+SMALL = {"num_hidden_layers": 3, "attn_layer_indices": [1]}
+
+
+@pytest.fixture
+def both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rows and more are replayed, fewer written every step: a batch that drains does both."""
+    monkeypatch.setattr(tuning, "DEFAULT", tuning.Launch(heads_per_program=2, num_warps=4, replay_from=3))
+
+
+@pytest.mark.parametrize(("replay", "changes"), [(0, {}), (8, {}), (8, {"mamba_n_groups": 2})], ids=str)
+def test_answers_equal_transformers(replay, changes, tmp_path, both_ways):
+    path = save_random(tmp_path, **SMALL, **changes)
+    with Engine(path, additional_config=FUSED | {"bamba_replay": replay}) as engine:
+        answers = engine.answers(random_prompts([1, 20, 33]), [12, 10, 6])
+    reference = Reference(path)
+    for answer in answers:
+        reference.check(answer)
+
+
+def test_chunked_prefill_and_preemption_equal_undisturbed_requests(tmp_path, both_ways):
+    path = save_random(tmp_path, **SMALL)
+    with Engine(path, additional_config=FUSED, enable_prefix_caching=False) as engine:
+        block = engine.llm.llm_engine.vllm_config.cache_config.block_size
+        prompts = random_prompts([block - 3 - i for i in range(4)])
+        undisturbed = engine.answers(prompts, 12, prompt_logprobs=False)
+    options = {"num_gpu_blocks_override": 11, "max_num_batched_tokens": 19, "enable_prefix_caching": False}
+    with Engine(path, additional_config=FUSED, **options) as engine:
+        preempt, times = engine.scheduler._preempt_request, []
+        engine.scheduler._preempt_request = lambda *a, **k: (times.append(a), preempt(*a, **k))
+        disturbed = engine.answers(prompts, 12, prompt_logprobs=False)
+    assert times, "the cache was large enough for all: nothing was tested"
+    assert_same(undisturbed, disturbed)
+
+
+def test_states_in_the_prefix_cache_carry_their_rings(tmp_path, both_ways):
+    path = save_random(tmp_path, **SMALL)
+    first, second, third, fourth = random_prompts([50, 21, 9, 40])
+    with Engine(path, additional_config=FUSED) as engine:
+        answers = engine.answers([first, third, fourth], 30, prompt_logprobs=False)  # three rows: replayed
+        turns = [answer.prompt + answer.generated + second for answer in answers]
+        outputs = engine.llm.generate([{"prompt_token_ids": turn} for turn in turns[:1]], use_tqdm=False)
+        assert outputs[0].num_cached_tokens == (len(first) + 29) // 16 * 16  # the last token was never computed
+        again = engine.answers(turns, 5, prompt_logprobs=False)
+    with Engine(path, enable_prefix_caching=False) as engine:
+        expected = engine.answers(turns, 5, prompt_logprobs=False)
+    assert_same(again, expected)
+
+
+def test_the_embedded_checkpoint_in_bfloat16_and_in_8_bits(tiny, both_ways):
+    prompts = random_prompts([5, 40, 60], vocabulary=1024, seed=3)
+    exact, plain = Reference(tiny), Reference(tiny, torch.bfloat16)
+    for options in (FUSED, FUSED | {"bamba_state_dtype": "int8"}):
+        with Engine(tiny, dtype="bfloat16", mamba_ssm_cache_dtype="bfloat16", additional_config=options) as engine:
+            check_low_precision(engine.answers(prompts, 12), exact, plain)
+
+
+def test_8_bit_states_hold_more_sequences(tiny):
+    pages = {}
+    for name, options in (("bf16", FUSED), ("int8", FUSED | {"bamba_state_dtype": "int8"})):
+        with Engine(tiny, dtype="bfloat16", mamba_ssm_cache_dtype="bfloat16", additional_config=options) as engine:
+            layer = engine.llm.llm_engine.vllm_config.compilation_config.static_forward_context["model.layers.0.mamba"]
+            slots = layer.fused.form.bind(layer.kv_cache)
+            pages[name] = slots.ssm[0].nbytes + (0 if slots.scale is None else slots.scale[0].nbytes)
+    assert pages["int8"] < 0.6 * pages["bf16"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bamba_fused_step": 1}, "bamba_fused_step is 1, expected true or false"),
+        ({"bamba_fused_step": True, "bamba_replay": 5}, "bamba_replay is 5, expected one of"),
+        ({"bamba_fused_step": True, "bamba_state_dtype": "int4"}, "bamba_state_dtype is 'int4', expected"),
+        ({"bamba_state_dtype": "int8"}, "need bamba_fused_step: true"),
+        ({"bamba_fused": True}, "bamba_fused unknown, there are .*bamba_fused_step"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message, tmp_path):
+    path = save_random(tmp_path, **SMALL)
+    with pytest.raises(ValueError, match=message), Engine(path, additional_config=options):
+        pass
+
+
+def test_without_a_gpu_the_step_is_refused(tmp_path, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    path = save_random(tmp_path, **SMALL)
+    with pytest.raises(ValueError, match="there is no GPU"), Engine(path, additional_config=FUSED):
+        pass

@@ -1,0 +1,140 @@
+"""Mixing with the fused decode step: which slots it keeps, and prefills on vLLM's operators in between.
+
+Options of the engine, in vLLM's `additional_config`:
+
+| key | default | meaning |
+|---|---|---|
+| `bamba_fused_step` | false | decode with one kernel of our own a layer instead of vLLM's operators |
+| `bamba_replay` | 16 | tokens after which a state is written; 0: after every one. One of 0, 8, 16, 32 |
+| `bamba_state_dtype` | as `--mamba-ssm-cache-dtype` | `"int8"`: 8 bits and a scale for every channel of a head |
+
+The step has been run in Triton's interpreter and compiled for sm_90, not run on a GPU yet: it is off unless asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.platforms import current_platform
+
+from vllm_bamba.compat import MambaStateDtypeCalculator
+from vllm_bamba.ops.causal_conv1d import causal_conv1d_prefill
+from vllm_bamba.ops.ssd_prefill import ssd_prefill
+from vllm_bamba.state import DecodePlan, PrefillPlan, SlotFormat, mixer_shard
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_bamba.config import BambaShape
+    from vllm_bamba.mixer import BambaMixer
+
+REPLAYS = (0, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What `additional_config` says of the decode step."""
+
+    KEYS: ClassVar = ("bamba_fused_step", "bamba_replay", "bamba_state_dtype")
+    fused: bool = False
+    replay: int = 16
+    eight_bits: bool = False
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> StepOptions:
+        """Read and check.
+
+        Raises:
+            ValueError: an option has a value that makes no sense.
+        """
+        given: dict[str, Any] = vllm_config.additional_config if isinstance(vllm_config.additional_config, dict) else {}
+        fused, replay = given.get("bamba_fused_step", cls.fused), given.get("bamba_replay", cls.replay)
+        dtype = given.get("bamba_state_dtype")
+        if not isinstance(fused, bool):
+            raise ValueError(f"additional_config: bamba_fused_step is {fused!r}, expected true or false.")
+        if replay not in REPLAYS or isinstance(replay, bool):
+            raise ValueError(f"additional_config: bamba_replay is {replay!r}, expected one of {REPLAYS}.")
+        if dtype not in (None, "int8"):
+            raise ValueError(
+                f'additional_config: bamba_state_dtype is {dtype!r}, expected "int8"; other dtypes of the state are '
+                "set with --mamba-ssm-cache-dtype."
+            )
+        if not fused and {"bamba_replay", "bamba_state_dtype"} & given.keys():
+            raise ValueError("additional_config: bamba_replay and bamba_state_dtype need bamba_fused_step: true.")
+        return cls(fused, replay, dtype == "int8")
+
+
+def check_step(vllm_config: VllmConfig, shape: BambaShape) -> None:
+    """Raise ValueError where the fused step is asked for and cannot serve."""
+    if not StepOptions.of(vllm_config).fused:
+        return
+    sizes = {"mamba_d_head": shape.mamba_head_dim, "mamba_d_state": shape.mamba_state}
+    odd = [f"{name} = {size} is no power of two" for name, size in sizes.items() if size & (size - 1)]
+    reasons = {
+        " and ".join(odd): bool(odd),
+        "speculative decoding takes tokens back": vllm_config.speculative_config is not None,
+        "there is no GPU": not current_platform.is_cuda_alike() and os.environ.get("TRITON_INTERPRET") != "1",
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason is not None:
+        raise ValueError(f"additional_config: bamba_fused_step cannot be used here: {reason}. Leave it out.")
+
+
+def slot_format(vllm_config: VllmConfig, shape: BambaShape) -> SlotFormat | None:
+    """How slots are laid out for the fused step; None where vLLM's operators take it."""
+    options = StepOptions.of(vllm_config)
+    if not options.fused:
+        return None
+    cache, dtype = vllm_config.cache_config, vllm_config.model_config.dtype
+    conv_dtype, state_dtype = MambaStateDtypeCalculator.mamba2_state_dtype(
+        dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
+    )
+    shard = mixer_shard(shape, vllm_config.parallel_config.tensor_parallel_size)
+    state_dtype = torch.int8 if options.eight_bits else state_dtype
+    return SlotFormat(shard, shape.conv_width, conv_dtype, state_dtype, options.replay)
+
+
+class FusedMixing:
+    """What a mixer does between its projections, with slots of its own layout."""
+
+    def __init__(self, mixer: BambaMixer, form: SlotFormat):
+        from vllm_bamba.ops.mixer_step import StepWeights  # needs Triton
+
+        self.mixer, self.form = mixer, form
+        # the kernel reads one tap of many channels at a time; everybody else sees the shape of the checkpoint
+        conv = mixer.conv1d
+        conv.weight.data = conv.weight.data.t().contiguous().t()
+        self._weights = StepWeights(conv.weight, conv.bias, mixer.A, mixer.D, mixer.dt_bias, norm=None)
+
+    def decode(self, projected: torch.Tensor, plan: DecodePlan, output: torch.Tensor) -> None:
+        from vllm_bamba.ops.mixer_step import mixer_step
+
+        weights = self._weights._replace(taps=self._weights.taps.t())
+        slots = self.form.bind(self.mixer.kv_cache)
+        mixer_step(projected, weights, self.mixer.shape.time_step_limit, slots, plan, output)
+
+    def prefill(self, projected: torch.Tensor, plan: PrefillPlan, output: torch.Tensor) -> None:
+        from vllm_bamba.ops.slot_state import read_inputs, read_states, write_inputs, write_states
+
+        mixer, slots = self.mixer, self.form.bind(self.mixer.kv_cache)
+        first = torch.arange(len(plan.slots), dtype=torch.int32, device=plan.slots.device)
+        inputs = read_inputs(slots, plan)
+        # a row in front, as vLLM's convolution takes slot 0 for padding
+        scratch = torch.cat([torch.zeros_like(inputs[:1]), inputs]).transpose(1, 2).contiguous().transpose(1, 2)
+        states = read_states(slots, mixer.A, plan)
+
+        xBC, dt = mixer.split(projected)
+        xBC = causal_conv1d_prefill(
+            xBC, mixer.conv1d.weight, mixer.conv1d.bias, scratch, replace(plan, slots=first + 1)
+        )  # fmt: skip
+        x, B, C = mixer.heads(xBC)
+        weights, limit = (mixer.D, mixer.dt_bias), mixer.shape.time_step_limit
+        ssd_prefill(
+            x, dt, mixer.A, B, C, *weights, limit, states, replace(plan, slots=first), mixer.y(output)
+        )  # fmt: skip
+
+        write_inputs(slots, plan, scratch[1:])
+        write_states(slots, plan, states)

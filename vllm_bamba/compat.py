@@ -15,6 +15,8 @@ operator `vllm::mamba_mixer2`
     Slots and chunks of the batch. Goes when the plugin has a metadata builder of its own.
 `vllm.model_executor.layers.mamba.ops`
     The operators underneath ours. Goes operator by operator, as each gets a kernel of its own.
+`find_matched_target` (by the name of `mixer.InProjectionLinear`)
+    compressed-tensors' target "Linear" is looked for in a layer's class name. Goes when vLLM asks for the base class.
 `supported_kv_cache_layouts`
     Pipeline stages without attention must agree with the others. Goes when vLLM intersects the workers' lists.
 `vllm.lora.ops.torch_ops.lora_ops.bgmv_shrink`

@@ -47,12 +47,12 @@ def sharded_parameter(
     return parameter
 
 
-class InProjection(MergedColumnParallelLinear):
+class InProjectionLinear(MergedColumnParallelLinear):
     """hidden -> gate | x | B | C | dt, where B and C may be held by several ranks.
 
     vLLM's merged column-parallel layer deals out each of the five evenly; the copies of B and C are made on the way
     in, by repeating the checkpoint's rows, so that weights, biases, quantisation scales and LoRA factors all take the
-    same road.
+    same road. The class's name says Linear because compressed-tensors looks there for what a checkpoint quantises.
     """
 
     def __init__(self, hidden_size: int, shard: MixerShard, bias: bool, quant_config: object, prefix: str):
@@ -122,7 +122,7 @@ class BambaMixer(nn.Module, MambaBase):
         shard = mixer_shard(shape, get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank())
         self.shard = shard
 
-        self.in_proj = InProjection(
+        self.in_proj = InProjectionLinear(
             shape.hidden_size, shard, shape.mamba_proj_bias, vllm_config.quant_config, f"{prefix}.in_proj"
         )
         self.conv1d = CausalConv1d(shard, shape.conv_width, shape.mamba_conv_bias)

@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_bamba.compat import MambaStateDtypeCalculator, mix_opaquely, state_backend
+from vllm_bamba.compat import mix_opaquely, state_backend
 from vllm_bamba.config import BambaShape
 from vllm_bamba.ops.causal_conv1d import causal_conv1d_prefill, causal_conv1d_step
 from vllm_bamba.ops.gated_norm import gated_rms_norm
@@ -25,7 +25,15 @@ from vllm_bamba.ops.ssd_prefill import ssd_prefill, warm_up
 from vllm_bamba.ops.ssm_step import ssm_step
 from vllm_bamba.prefix.options import state_spec
 from vllm_bamba.sharding import MixerShard, scaled
-from vllm_bamba.state import DecodePlan, PrefillPlan, channels_first, mixer_shard, plan_batch, state_shapes
+from vllm_bamba.state import (
+    DecodePlan,
+    PrefillPlan,
+    channels_first,
+    mixer_shard,
+    plan_batch,
+    state_dtypes,
+    state_shapes,
+)
 
 
 def sharded_parameter(
@@ -239,8 +247,5 @@ class BambaMixer(nn.Module, MambaBase):
     def get_state_shape(self) -> tuple[tuple[int, int], tuple[int, int, int]]:
         return state_shapes(self.shape, self.shard.size, self.draft_tokens)
 
-    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        cache = self.cache_config
-        return MambaStateDtypeCalculator.mamba2_state_dtype(
-            self.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
-        )
+    def get_state_dtype(self) -> tuple[torch.dtype, torch.dtype]:
+        return state_dtypes(self.model_config.dtype, self.cache_config)

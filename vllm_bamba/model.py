@@ -35,11 +35,11 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_bamba.compat import MambaStateCopyFuncCalculator, MambaStateDtypeCalculator, prepare_lora
+from vllm_bamba.compat import MambaStateCopyFuncCalculator, prepare_lora
 from vllm_bamba.config import BambaShape
 from vllm_bamba.mixer import BambaMixer
 from vllm_bamba.prefix.options import attention_spec
-from vllm_bamba.state import state_shapes
+from vllm_bamba.state import state_dtypes, state_shapes
 from vllm_bamba.weights import STACKED, load_weights
 
 Residual: TypeAlias = torch.Tensor | None
@@ -293,11 +293,8 @@ class BambaForCausalLM(
         return state_shapes(shape, ranks, vllm_config.num_speculative_tokens)
 
     @classmethod
-    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-        cache = vllm_config.cache_config
-        return MambaStateDtypeCalculator.mamba2_state_dtype(
-            vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
-        )
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
+        return state_dtypes(vllm_config.model_config.dtype, vllm_config.cache_config)
 
     @classmethod
     def get_mamba_state_copy_func(cls):  # type: ignore[no-untyped-def]

@@ -5,13 +5,19 @@ out slots (it calls them blocks; block 0 is padding) and describes each batch; `
 at most one decode plan and one prefill plan, whose fields are always there.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_bamba.compat import Mamba2AttentionMetadata, is_conv_state_dim_first
+from vllm_bamba.compat import Mamba2AttentionMetadata, MambaStateDtypeCalculator, is_conv_state_dim_first
 from vllm_bamba.config import BambaShape
 from vllm_bamba.sharding import MixerShard
+
+if TYPE_CHECKING:
+    from vllm.config import CacheConfig
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,13 @@ def state_shapes(
     conv = (shard.local_conv_channels, shape.conv_width - 1 + draft_tokens)
     ssm = (shard.local_heads, shape.mamba_head_dim, shape.mamba_state)
     return conv if is_conv_state_dim_first() else (conv[1], conv[0]), ssm
+
+
+def state_dtypes(model_dtype: torch.dtype, cache_config: CacheConfig) -> tuple[torch.dtype, torch.dtype]:
+    """Precision of one slot's two tensors: convolution inputs and SSM state."""
+    return MambaStateDtypeCalculator.mamba2_state_dtype(
+        model_dtype, cache_config.mamba_cache_dtype, cache_config.mamba_ssm_cache_dtype
+    )
 
 
 def mixer_shard(shape: BambaShape, tensor_parallel: int, rank: int = 0) -> MixerShard:

@@ -107,7 +107,8 @@ class BambaAttention(nn.Module):
         self.rotary_emb = get_rope(
             shape.head_dim,
             max_position=shape.max_position_embeddings,
-            rope_parameters=shape.rope_parameters | {"partial_rotary_factor": shape.rotary_dim / shape.head_dim},
+            # not the fraction, from which vLLM would get 28 of 30 channels back where a head has 55
+            rope_parameters=shape.rope_parameters | {"rope_dim": shape.rotary_dim},
             is_neox_style=True,
         )
         self.attn = SharedAttention(

@@ -221,16 +221,8 @@ class BambaMixer(nn.Module, MambaBase):
 
     def _warm_up(self, projected: torch.Tensor) -> None:
         shard, state_dtype = self.shard, self.get_state_dtype()[1]
-        warm_up(
-            shard.local_heads,
-            shard.head_dim,
-            shard.local_groups,
-            shard.state,
-            self.shape.chunk_size,
-            projected.dtype,
-            state_dtype,
-            projected.device,
-        )
+        x, B = (shard.local_heads, shard.head_dim), (shard.local_groups, shard.state)
+        warm_up(x, B, self.shape.chunk_size, projected.dtype, state_dtype, projected.device)
 
     # what vLLM's state manager asks
 

@@ -65,6 +65,24 @@ class PrefillPlan:
     last_chunk: torch.Tensor
     conv_metadata: object
 
+    @classmethod
+    def of_one_chunk(cls, chunk_size: int, continues: bool, device: torch.device) -> PrefillPlan:
+        """One sequence in slot 0, as long as a chunk; for the recurrence, not for the convolution."""
+        first = torch.zeros(1, dtype=torch.int32, device=device)
+        offsets = torch.cat([first, first + chunk_size])
+        return cls(
+            num_tokens=chunk_size,
+            slots=first,
+            query_start_loc=offsets,
+            continues=torch.tensor([continues], device=device),
+            any_continues=continues,
+            chunk_size=chunk_size,
+            chunk_start_loc=offsets,
+            chunk_sequence=first,
+            last_chunk=first,
+            conv_metadata=None,
+        )
+
 
 def plan_batch(metadata: Mamba2AttentionMetadata) -> tuple[DecodePlan | None, PrefillPlan | None]:
     """The batch's decode tokens, which come first, and its prefill tokens."""

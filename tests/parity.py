@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import BambaConfig, BambaForCausalLM
-from vllm import LLM, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 LIMIT = 1e-4  # largest difference of a logprob, fp32
@@ -169,22 +169,24 @@ class Engine:
     ) -> list[Answer]:
         """Greedy answers to all prompts in one batch."""
         lengths = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
-        parameters = [
-            SamplingParams(
-                temperature=0.0,
-                max_tokens=n,
-                logprobs=0,
-                prompt_logprobs=0 if prompt_logprobs else None,
-                ignore_eos=True,
-                detokenize=False,
-            )
-            for n in lengths
-        ]
+        parameters = [greedy(n, prompt_logprobs) for n in lengths]
         outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False, **request)
         return [_answer(output) for output in outputs]
 
 
-def _answer(output) -> Answer:
+def greedy(max_tokens: int, prompt_logprobs: bool = True) -> SamplingParams:
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=max_tokens,
+        logprobs=0,
+        prompt_logprobs=0 if prompt_logprobs else None,
+        ignore_eos=True,
+        detokenize=False,
+    )
+
+
+def _answer(output: RequestOutput) -> Answer:
+    """What vLLM says of a finished request."""
     prompt, completion = list(output.prompt_token_ids), output.outputs[0]
     values = [math.nan] * (len(prompt) - 1)
     if output.prompt_logprobs is not None:

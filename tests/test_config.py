@@ -6,6 +6,7 @@ import pathlib
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import AutoConfig, BambaConfig
 from transformers.models.bamba import modeling_bamba
 
@@ -170,6 +171,22 @@ def test_an_automatic_head_width_shares_the_inner_channels() -> None:
 def test_half_of_a_head_is_rotated_unless_the_config_says_otherwise(rotary: dict[str, object], dim: int) -> None:
     assert "attn_rotary_emb" not in vars(raw())
     assert BambaShape.from_hf(raw(**rotary)).rotary_dim == dim
+
+
+def test_attention_rotates_as_many_channels_as_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """28 of 55: as a fraction they would come back as 27."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from vllm_bamba import model
+
+    assert int(55 * (28 / 55)) == 27
+    for layer in ("QKVParallelLinear", "RowParallelLinear", "SharedAttention"):
+        monkeypatch.setattr(model, layer, lambda *_, **__: torch.nn.Identity())
+    monkeypatch.setattr(model, "get_tensor_model_parallel_world_size", lambda: 1)
+    shape = dataclasses.replace(BambaShape.from_hf(raw()), head_dim=55, rotary_dim=28)
+    with set_current_vllm_config(VllmConfig()):
+        attention = model.BambaAttention(shape, VllmConfig(), "attention")
+    assert attention.rotary_emb.rotary_dim == 28
 
 
 def test_rotary_fraction_is_a_half_even_where_rope_parameters_do_not_say() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BambaConfig, BambaForCausalLM
 
 from vllm_bamba.config import BambaShape
-from vllm_bamba.mixer import CausalConv1d, GatedRMSNorm, InProjection, sharded_parameter
+from vllm_bamba.mixer import CausalConv1d, GatedRMSNorm, InProjectionLinear, sharded_parameter
 from vllm_bamba.sharding import MixerShard
 from vllm_bamba.weights import check_files, current_names, load_weights
 
@@ -296,25 +296,25 @@ def test_weights_biases_and_block_scales_repeat_the_same_rows(groups: int, ranks
     )
     bias = torch.cat([gate, x, *bc, dt])
     repeated = torch.cat([gate, x, *(group for group in bc for _ in range(times)), dt])
-    assert torch.equal(InProjection.with_copies(layer, bias, 0), repeated)
+    assert torch.equal(InProjectionLinear.with_copies(layer, bias, 0), repeated)
     weight = torch.stack([bias, 2 * bias], 1)
-    assert torch.equal(InProjection.with_copies(layer, weight, 0), torch.stack([repeated, 2 * repeated], 1))
-    assert torch.equal(InProjection.with_copies(layer, weight.T, 1), torch.stack([repeated, 2 * repeated]))
+    assert torch.equal(InProjectionLinear.with_copies(layer, weight, 0), torch.stack([repeated, 2 * repeated], 1))
+    assert torch.equal(InProjectionLinear.with_copies(layer, weight.T, 1), torch.stack([repeated, 2 * repeated]))
     scales, repeated_scales = bias[::4], repeated[::4]  # one for each four rows
-    assert torch.equal(InProjection.with_copies(layer, scales, 0), repeated_scales)
+    assert torch.equal(InProjectionLinear.with_copies(layer, scales, 0), repeated_scales)
 
 
 def test_block_scales_that_cross_a_border_are_refused() -> None:
     layer = copies(groups=1, ranks=2)  # rows 32 | 32 | 16 | 16 | 4
     with pytest.raises(ValueError, match="blocks of 10 rows"):
-        InProjection.with_copies(layer, torch.zeros(10), 0)
+        InProjectionLinear.with_copies(layer, torch.zeros(10), 0)
 
 
 @pytest.mark.parametrize("rows", [101, 164], ids=["one_more", "a_group_more"])
 def test_an_in_proj_with_more_rows_than_the_model_is_refused(rows: int) -> None:
     """Else a checkpoint whose config understates the state or the groups would load, cut short, without a word."""
     with pytest.raises(ValueError, match="in_proj"):
-        InProjection.with_copies(copies(groups=1, ranks=2), torch.zeros(rows, 2), 0)
+        InProjectionLinear.with_copies(copies(groups=1, ranks=2), torch.zeros(rows, 2), 0)
 
 
 # files, before anything is loaded

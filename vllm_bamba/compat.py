@@ -15,6 +15,10 @@ operator `vllm::mamba_mixer2`
     Slots and chunks of the batch. Goes when the plugin has a metadata builder of its own.
 `vllm.model_executor.layers.mamba.ops`
     The operators underneath ours. Goes operator by operator, as each gets a kernel of its own.
+`find_matched_target` (by the name of `mixer.InProjectionLinear`)
+    compressed-tensors' target "Linear" is looked for in a layer's class name. Goes when vLLM asks for the base class.
+`CacheConfig.mamba_ssm_cache_dtype`
+    fp32 states on CPUs: see `choose_state_dtype`. Goes when vLLM's C++ step rounds.
 `supported_kv_cache_layouts`
     Pipeline stages without attention must agree with the others. Goes when vLLM intersects the workers' lists.
 `vllm.lora.ops.torch_ops.lora_ops.bgmv_shrink`
@@ -118,10 +122,11 @@ def check_options(vllm_config: VllmConfig) -> None:
 
 
 def choose_state_dtype(vllm_config: VllmConfig) -> None:
-    """Keep the SSM state in fp32 on CPUs, unless the user chose: vLLM's C++ step cuts bf16 states off towards zero.
+    """Keep the SSM state in fp32 on CPUs, unless the user chose.
 
-    The error of a slow-decay head then grows with every token, where rounding would let it average out. Seen in 0.32;
-    goes when the C++ step rounds.
+    On CPUs without AVX512-BF16 vLLM's C++ step cuts bf16 states off towards zero. The error of a slow-decay head then
+    grows with every token, where rounding would let it average out. Seen in 0.32; goes when the C++ step rounds
+    everywhere.
     """
     if current_platform.is_cpu() and vllm_config.cache_config.mamba_ssm_cache_dtype == "auto":
         vllm_config.cache_config.mamba_ssm_cache_dtype = "float32"

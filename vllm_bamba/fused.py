@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from vllm.platforms import current_platform
 
-from vllm_bamba.compat import MambaStateDtypeCalculator
 from vllm_bamba.ops.causal_conv1d import causal_conv1d_prefill
 from vllm_bamba.ops.ssd_prefill import ssd_prefill
-from vllm_bamba.state import DecodePlan, PrefillPlan, SlotFormat, mixer_shard
+from vllm_bamba.state import DecodePlan, PrefillPlan, SlotFormat, mixer_shard, state_dtypes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -89,9 +88,7 @@ def slot_format(vllm_config: VllmConfig, shape: BambaShape) -> SlotFormat | None
     if not options.fused:
         return None
     cache, dtype = vllm_config.cache_config, vllm_config.model_config.dtype
-    conv_dtype, state_dtype = MambaStateDtypeCalculator.mamba2_state_dtype(
-        dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
-    )
+    conv_dtype, state_dtype = state_dtypes(dtype, cache)
     shard = mixer_shard(shape, vllm_config.parallel_config.tensor_parallel_size)
     state_dtype = torch.int8 if options.eight_bits else state_dtype
     return SlotFormat(shard, shape.conv_width, conv_dtype, state_dtype, options.replay)

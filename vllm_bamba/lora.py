@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from vllm.lora.layers import MergedColumnParallelLinearVariableSliceWithLoRA
 
-from vllm_bamba.mixer import InProjection
+from vllm_bamba.mixer import InProjectionLinear
 
 
 class InProjectionWithLoRA(MergedColumnParallelLinearVariableSliceWithLoRA):
@@ -12,7 +12,7 @@ class InProjectionWithLoRA(MergedColumnParallelLinearVariableSliceWithLoRA):
 
     @classmethod
     def can_replace_layer(cls, source_layer: nn.Module, *args: object, **kwargs: object) -> bool:
-        return isinstance(source_layer, InProjection)
+        return isinstance(source_layer, InProjectionLinear)
 
     def set_lora(self, index: int, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
         """lora_a [rank, hidden], lora_b [in_proj rows, rank]; vLLM's warm-up passes a shorter lora_b of zeros."""

@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_bamba.compat import MambaStateDtypeCalculator, mix_opaquely, state_backend
+from vllm_bamba.compat import mix_opaquely, state_backend
 from vllm_bamba.config import BambaShape
 from vllm_bamba.fused import FusedMixing, slot_format
 from vllm_bamba.ops.causal_conv1d import causal_conv1d_prefill, causal_conv1d_step
@@ -26,7 +26,15 @@ from vllm_bamba.ops.ssd_prefill import ssd_prefill, warm_up
 from vllm_bamba.ops.ssm_step import ssm_step
 from vllm_bamba.prefix.options import state_spec
 from vllm_bamba.sharding import MixerShard, scaled
-from vllm_bamba.state import DecodePlan, PrefillPlan, channels_first, mixer_shard, plan_batch, state_shapes
+from vllm_bamba.state import (
+    DecodePlan,
+    PrefillPlan,
+    channels_first,
+    mixer_shard,
+    plan_batch,
+    state_dtypes,
+    state_shapes,
+)
 
 
 def sharded_parameter(
@@ -48,12 +56,12 @@ def sharded_parameter(
     return parameter
 
 
-class InProjection(MergedColumnParallelLinear):
+class InProjectionLinear(MergedColumnParallelLinear):
     """hidden -> gate | x | B | C | dt, where B and C may be held by several ranks.
 
     vLLM's merged column-parallel layer deals out each of the five evenly; the copies of B and C are made on the way
     in, by repeating the checkpoint's rows, so that weights, biases, quantisation scales and LoRA factors all take the
-    same road.
+    same road. The class's name says Linear because compressed-tensors looks there for what a checkpoint quantises.
     """
 
     def __init__(self, hidden_size: int, shard: MixerShard, bias: bool, quant_config: object, prefix: str):
@@ -123,7 +131,7 @@ class BambaMixer(nn.Module, MambaBase):
         shard = mixer_shard(shape, get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank())
         self.shard = shard
 
-        self.in_proj = InProjection(
+        self.in_proj = InProjectionLinear(
             shape.hidden_size, shard, shape.mamba_proj_bias, vllm_config.quant_config, f"{prefix}.in_proj"
         )
         self.conv1d = CausalConv1d(shard, shape.conv_width, shape.mamba_conv_bias)
@@ -220,16 +228,8 @@ class BambaMixer(nn.Module, MambaBase):
     def _warm_up(self, projected: torch.Tensor) -> None:
         shard = self.shard
         state_dtype = torch.float32 if self.fused is not None else self.get_state_dtype()[1]
-        warm_up(
-            shard.local_heads,
-            shard.head_dim,
-            shard.local_groups,
-            shard.state,
-            self.shape.chunk_size,
-            projected.dtype,
-            state_dtype,
-            projected.device,
-        )
+        x, B = (shard.local_heads, shard.head_dim), (shard.local_groups, shard.state)
+        warm_up(x, B, self.shape.chunk_size, projected.dtype, state_dtype, projected.device)
 
     # what vLLM's state manager asks
 
@@ -248,10 +248,7 @@ class BambaMixer(nn.Module, MambaBase):
             return self.fused.form.shapes()
         return state_shapes(self.shape, self.shard.size, self.draft_tokens)
 
-    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+    def get_state_dtype(self) -> tuple[torch.dtype, torch.dtype]:
         if self.fused is not None:
             return self.fused.form.dtypes()
-        cache = self.cache_config
-        return MambaStateDtypeCalculator.mamba2_state_dtype(
-            self.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
-        )
+        return state_dtypes(self.model_config.dtype, self.cache_config)

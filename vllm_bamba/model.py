@@ -35,12 +35,12 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_bamba.compat import MambaStateCopyFuncCalculator, MambaStateDtypeCalculator, prepare_lora
+from vllm_bamba.compat import MambaStateCopyFuncCalculator, prepare_lora
 from vllm_bamba.config import BambaShape
 from vllm_bamba.fused import slot_format
 from vllm_bamba.mixer import BambaMixer
 from vllm_bamba.prefix.options import attention_spec
-from vllm_bamba.state import state_shapes
+from vllm_bamba.state import state_dtypes, state_shapes
 from vllm_bamba.weights import STACKED, load_weights
 
 Residual: TypeAlias = torch.Tensor | None
@@ -108,7 +108,8 @@ class BambaAttention(nn.Module):
         self.rotary_emb = get_rope(
             shape.head_dim,
             max_position=shape.max_position_embeddings,
-            rope_parameters=shape.rope_parameters | {"partial_rotary_factor": shape.rotary_dim / shape.head_dim},
+            # not the fraction, from which vLLM would get 28 of 30 channels back where a head has 55
+            rope_parameters=shape.rope_parameters | {"rope_dim": shape.rotary_dim},
             is_neox_style=True,
         )
         self.attn = SharedAttention(
@@ -296,13 +297,10 @@ class BambaForCausalLM(
         return state_shapes(shape, ranks, vllm_config.num_speculative_tokens)
 
     @classmethod
-    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
         if form := slot_format(vllm_config, BambaShape.from_hf(vllm_config.model_config.hf_config)):
             return form.dtypes()
-        cache = vllm_config.cache_config
-        return MambaStateDtypeCalculator.mamba2_state_dtype(
-            vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
-        )
+        return state_dtypes(vllm_config.model_config.dtype, vllm_config.cache_config)
 
     @classmethod
     def get_mamba_state_copy_func(cls):  # type: ignore[no-untyped-def]

@@ -5,14 +5,19 @@ out slots (it calls them blocks; block 0 is padding) and describes each batch; `
 at most one decode plan and one prefill plan, whose fields are always there.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from vllm_bamba.compat import Mamba2AttentionMetadata, is_conv_state_dim_first
+from vllm_bamba.compat import Mamba2AttentionMetadata, MambaStateDtypeCalculator, is_conv_state_dim_first
 from vllm_bamba.config import BambaShape
 from vllm_bamba.sharding import MixerShard
+
+if TYPE_CHECKING:
+    from vllm.config import CacheConfig
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,25 @@ class PrefillPlan:
     last_chunk: torch.Tensor
     conv_metadata: object
 
+    @classmethod
+    def of_one_chunk(cls, chunk_size: int, continues: bool, device: torch.device) -> PrefillPlan:
+        """One sequence in slot 0, as long as a chunk; for the recurrence, not for the convolution."""
+        first = torch.zeros(1, dtype=torch.int32, device=device)
+        offsets = torch.cat([first, first + chunk_size])
+        return cls(
+            num_tokens=chunk_size,
+            slots=first,
+            lengths=first + chunk_size * (1 + continues),
+            query_start_loc=offsets,
+            continues=torch.tensor([continues], device=device),
+            any_continues=continues,
+            chunk_size=chunk_size,
+            chunk_start_loc=offsets,
+            chunk_sequence=first,
+            last_chunk=first,
+            conv_metadata=None,
+        )
+
 
 def plan_batch(metadata: Mamba2AttentionMetadata) -> tuple[DecodePlan | None, PrefillPlan | None]:
     """The batch's decode tokens, which come first, and its prefill tokens."""
@@ -105,6 +129,13 @@ def state_shapes(
     conv = (shard.local_conv_channels, shape.conv_width - 1 + draft_tokens)
     ssm = (shard.local_heads, shape.mamba_head_dim, shape.mamba_state)
     return conv if is_conv_state_dim_first() else (conv[1], conv[0]), ssm
+
+
+def state_dtypes(model_dtype: torch.dtype, cache_config: CacheConfig) -> tuple[torch.dtype, torch.dtype]:
+    """Precision of one slot's two tensors: convolution inputs and SSM state."""
+    return MambaStateDtypeCalculator.mamba2_state_dtype(
+        model_dtype, cache_config.mamba_cache_dtype, cache_config.mamba_ssm_cache_dtype
+    )
 
 
 def mixer_shard(shape: BambaShape, tensor_parallel: int, rank: int = 0) -> MixerShard:

@@ -23,7 +23,11 @@ STACKED: dict[str, tuple[str, str | int]] = {
     "up_proj": ("gate_up_proj", 1),
 }
 RENAMED = {"A_log": "A"}  # the parameter holds -exp(A_log)
-OPTIONAL = (".k_scale", ".v_scale", ".q_scale", ".prob_scale", ".input_scale_ub")  # vLLM has defaults for these
+OPTIONAL = (  # vLLM has defaults for these
+    *(f".{of}_{what}" for of in ("q", "k", "v") for what in ("scale", "zero_point")),
+    ".prob_scale",
+    ".input_scale_ub",
+)
 
 # mamba_ssm's own names of modules, as Transformers' conversion script reads them
 ORIGINAL_TOP = {"backbone": "model", "embedding": "embed_tokens", "norm_f": "final_layernorm"}

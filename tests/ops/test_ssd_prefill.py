@@ -1,5 +1,6 @@
 """The recurrence over prompts against its reference, the reference against Transformers' chunked form."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadataBuil
 from vllm_bamba.ops.ssd_prefill import kernels, ssd_prefill
 from vllm_bamba.ops.ssd_prefill.reference import ssd_prefill_reference
 from vllm_bamba.ops.ssm_step import ssm_step
+from vllm_bamba.state import PrefillPlan
 
 HEADS, HEAD_DIM, STATE = 4, 16, 32
 LIMIT = (0.05, 0.4)
@@ -297,23 +299,40 @@ def test_prefill_binds_to_vllms_triton_function(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_warm_up_runs_each_size_once_with_and_without_initial_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way that requests take, with a device that is no CPU; what it is made of does not matter."""
+    import vllm_bamba.ops.ssd_prefill as op
+
     calls = []
-    monkeypatch.setattr(
-        kernels, "mamba_chunk_scan_combined_varlen", lambda *args, **kwargs: calls.append((args, kwargs))
-    )
-    kernels.warm_up.cache_clear()
-    size = (HEADS, HEAD_DIM, 2, STATE, CHUNK, torch.bfloat16, torch.float32, DEVICE)
-    kernels.warm_up(*size)
-    kernels.warm_up(*size)
-    kernels.warm_up.cache_clear()
-    assert [kwargs["initial_states"] is None for _, kwargs in calls] == [True, False]
-    for (x, dt, A, B, C), kwargs in calls:
-        assert (x.dtype, dt.dtype, A.dtype, B.dtype, C.dtype) == (
-            torch.bfloat16,
-            torch.bfloat16,
-            torch.float32,
-            *[torch.bfloat16] * 2,
-        )
-        assert x.shape == (CHUNK, HEADS, HEAD_DIM)
+
+    def scan(x, dt, A, B, C, D, dt_bias, limit, initial, plan, out, state_dtype):
+        calls.append((x, dt, A, B, C, D, dt_bias, initial, plan, out))
+        return torch.zeros(1, HEADS, HEAD_DIM, STATE, dtype=state_dtype, device=x.device)
+
+    monkeypatch.setattr(op, "scan", scan)
+    op.warm_up.cache_clear()
+    size = ((HEADS, HEAD_DIM), (2, STATE), CHUNK, torch.bfloat16, torch.float32)
+    op.warm_up(*size, torch.device("cpu"))
+    assert not calls
+    for _ in range(2):
+        op.warm_up(*size, torch.device("meta"))
+    op.warm_up.cache_clear()
+    assert [initial is None for *_, initial, _, _ in calls] == [True, False]
+    assert calls[1][7].dtype == torch.float32
+    for x, dt, A, B, C, D, dt_bias, _, plan, out in calls:
+        assert {t.dtype for t in (x, dt, B, C, D, dt_bias, out)} == {torch.bfloat16}
+        assert A.dtype == torch.float32
+        assert x.shape == out.shape == (CHUNK, HEADS, HEAD_DIM)
         assert B.shape == C.shape == (CHUNK, 2, STATE)
-        assert kwargs["state_dtype"] == torch.float32
+        assert plan.num_tokens == plan.chunk_size == CHUNK
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_plan_of_one_chunk_is_the_one_made_by_hand(continues: bool) -> None:
+    plan, by_hand = (
+        PrefillPlan.of_one_chunk(CHUNK, continues, DEVICE),
+        prefill_plan([CHUNK], [0], [CHUNK if continues else 0]),
+    )
+    for field in dataclasses.fields(plan):
+        if field.name != "conv_metadata":
+            value, expected = getattr(plan, field.name), getattr(by_hand, field.name)
+            assert torch.equal(value, expected) if isinstance(value, torch.Tensor) else value == expected

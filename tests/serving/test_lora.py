@@ -67,12 +67,14 @@ def test_warm_up_adapter_of_fewer_rows_is_passed_on_and_a_real_one_refused(size,
     from types import SimpleNamespace
 
     from vllm_bamba import lora
-    from vllm_bamba.mixer import InProjection
+    from vllm_bamba.mixer import InProjectionLinear
     from vllm_bamba.sharding import MixerShard
 
     shard = MixerShard(heads=4, head_dim=8, groups=1, state=16, size=size)
     layer = lora.InProjectionWithLoRA.__new__(lora.InProjectionWithLoRA)
-    base = SimpleNamespace(shard=shard, with_copies=lambda loaded, dim: InProjection.with_copies(base, loaded, dim))
+    base = SimpleNamespace(
+        shard=shard, with_copies=lambda loaded, dim: InProjectionLinear.with_copies(base, loaded, dim)
+    )
     layer.__dict__["base_layer"] = base
     given = []
     parent = lora.MergedColumnParallelLinearVariableSliceWithLoRA

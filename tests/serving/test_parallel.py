@@ -1,7 +1,11 @@
-"""Tensor and pipeline parallelism on two CPU cores give what one process gives."""
+"""Tensor, pipeline and data parallelism on two CPU cores give what one process gives."""
+
+import asyncio
 
 import pytest
-from parity import Engine, Reference, assert_same, random_prompts, save_random
+from parity import Answer, Engine, Reference, _answer, assert_same, greedy, random_prompts, save_random
+from vllm import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
 
 pytestmark = pytest.mark.multiprocess
 
@@ -46,3 +50,42 @@ def test_pipeline_parallel_equals_transformers(changes, tmp_path):
         reference.check(answer)
     with Engine(path) as engine:
         assert_same(answers, engine.answers(PROMPTS))
+
+
+async def answers_of_two_engines(path: str) -> tuple[list[Answer], ...]:
+    """All prompts sent to the first engine, to the second, and to whichever vLLM chooses."""
+    engine = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(
+            path,
+            data_parallel_size=2,
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=512,
+            max_num_seqs=8,
+            skip_tokenizer_init=True,
+            kv_cache_memory_bytes=64 << 20,
+        )
+    )
+
+    async def answer(prompt: list[int], rank: int | None) -> Answer:
+        name = f"{len(prompt)} tokens for {rank}"
+        request = engine.generate({"prompt_token_ids": prompt}, greedy(12), name, data_parallel_rank=rank)
+        *_, last = [output async for output in request]
+        return _answer(last)
+
+    try:
+        return tuple([await asyncio.gather(*(answer(p, rank) for p in PROMPTS)) for rank in (0, 1, None)])
+    finally:
+        engine.shutdown()
+
+
+def test_data_parallel_equals_transformers_on_each_engine(tmp_path):
+    path = save_random(tmp_path)
+    answers = asyncio.run(answers_of_two_engines(path))
+    reference = Reference(path)
+    with Engine(path) as engine:
+        alone = engine.answers(PROMPTS)
+    for of_rank in answers:
+        for answer in of_rank:
+            reference.check(answer)
+        assert_same(of_rank, alone)

@@ -1,14 +1,17 @@
 """The state-space recurrence over packed prefills (SSD, arXiv:2405.21060; equations in ../README.md)."""
 
+import functools
+
 import torch
 from vllm.platforms import current_platform
 
+from vllm_bamba.config import NO_TIME_STEP_LIMIT
 from vllm_bamba.state import PrefillPlan
 
 if current_platform.is_cpu():
-    from vllm_bamba.ops.ssd_prefill.cpu import scan, warm_up
+    from vllm_bamba.ops.ssd_prefill.cpu import scan
 else:
-    from vllm_bamba.ops.ssd_prefill.kernels import scan, warm_up
+    from vllm_bamba.ops.ssd_prefill.kernels import scan
 
 __all__ = ["ssd_prefill", "warm_up"]
 
@@ -55,3 +58,43 @@ def ssd_prefill(
     if plan.any_continues:
         initial = torch.where(plan.continues[:, None, None, None], ssm_state[plan.slots], 0)
     ssm_state[plan.slots] = scan(x, dt, A, B, C, D, dt_bias, dt_limit, initial, plan, out, ssm_state.dtype)
+
+
+@functools.cache
+def warm_up(
+    x: tuple[int, int],
+    B: tuple[int, int],
+    chunk_size: int,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Have the kernels for one model made before its cache takes the memory; nothing is left to do the second time.
+
+    A prompt of one chunk goes through slot 0 of a cache made for it, first as a new sequence, then as the rest of an
+    old one: starting from a state is another kernel.
+
+    Args:
+        x: heads and head_dim.
+        B: groups and state.
+        chunk_size, dtype, state_dtype, device: what the requests will have.
+    """
+    if device.type == "cpu":
+        return  # the C++ kernel is made already
+    tokens = {"dtype": dtype, "device": device}
+    of_heads = torch.ones(x[0], **tokens)
+    cache = torch.zeros(1, *x, B[1], dtype=state_dtype, device=device)
+    for continues in (False, True):
+        ssd_prefill(
+            torch.ones(chunk_size, *x, **tokens),
+            of_heads.expand(chunk_size, -1).contiguous(),
+            -of_heads.float(),
+            torch.ones(chunk_size, *B, **tokens),
+            torch.ones(chunk_size, *B, **tokens),
+            of_heads,
+            of_heads,
+            NO_TIME_STEP_LIMIT,
+            cache,
+            PrefillPlan.of_one_chunk(chunk_size, continues, device),
+            torch.empty(chunk_size, *x, **tokens),
+        )

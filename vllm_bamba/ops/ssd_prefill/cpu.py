@@ -1,46 +1,17 @@
-"""The recurrence over packed prefills without a GPU: vLLM's C++ kernel."""
+"""The recurrence over packed prefills without a GPU: vLLM's C++ kernel.
+
+On a CPU vLLM gives it the Triton kernels' name and arguments; but it wants x, B and C contiguous.
+"""
+
+from typing import Any
 
 import torch
-from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
 
-from vllm_bamba.state import PrefillPlan
+from vllm_bamba.ops.ssd_prefill import kernels
 
 
 def scan(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    dt_bias: torch.Tensor,
-    dt_limit: tuple[float, float],
-    initial: torch.Tensor | None,
-    plan: PrefillPlan,
-    out: torch.Tensor,
-    state_dtype: torch.dtype,
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, *rest: Any
 ) -> torch.Tensor:
-    """Write y to `out`; return the last states [sequences, heads, head_dim, state]."""
-    return mamba_chunk_scan_combined_varlen(
-        x.contiguous(),
-        dt,
-        A,
-        B.contiguous(),
-        C.contiguous(),
-        chunk_size=plan.chunk_size,
-        cu_seqlens=plan.query_start_loc,
-        cu_chunk_seqlens=plan.chunk_start_loc,
-        last_chunk_indices=plan.last_chunk,
-        seq_idx=plan.chunk_sequence,
-        out=out,
-        D=D,
-        dt_bias=dt_bias,
-        initial_states=initial,
-        dt_softplus=True,
-        dt_limit=dt_limit,
-        state_dtype=state_dtype,
-    )
-
-
-def warm_up(*_: object) -> None:
-    """Nothing to compile."""
+    """As `kernels.scan`."""
+    return kernels.scan(x.contiguous(), dt, A, B.contiguous(), C.contiguous(), *rest)

@@ -1,7 +1,5 @@
 """The recurrence over packed prefills on a GPU: vLLM's Triton kernels."""
 
-import functools
-
 import torch
 from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
 
@@ -42,51 +40,3 @@ def scan(
         dt_limit=dt_limit,
         state_dtype=state_dtype,
     )
-
-
-@functools.cache
-def warm_up(
-    heads: int,
-    head_dim: int,
-    groups: int,
-    state: int,
-    chunk_size: int,
-    dtype: torch.dtype,
-    state_dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    """Compile and tune the kernels for these sizes, once a process, before vLLM gives the memory to the cache."""
-    like = functools.partial(torch.zeros, device=device)
-    offsets = torch.tensor([0, chunk_size], dtype=torch.int32, device=device)
-    one = torch.zeros(1, dtype=torch.int32, device=device)
-    plan = PrefillPlan(
-        num_tokens=chunk_size,
-        slots=one,
-        lengths=offsets[1:],
-        query_start_loc=offsets,
-        continues=one.bool(),
-        any_continues=False,
-        chunk_size=chunk_size,
-        chunk_start_loc=offsets,
-        chunk_sequence=one,
-        last_chunk=one,
-        conv_metadata=None,
-    )
-    x = like(chunk_size, heads, head_dim, dtype=dtype)
-    bc = like(chunk_size, groups, state, dtype=dtype)
-    rates = like(heads, dtype=torch.float32)
-    for initial in (None, like(1, heads, head_dim, state, dtype=state_dtype)):
-        scan(
-            x,
-            like(chunk_size, heads, dtype=dtype),
-            rates - 1,
-            bc,
-            bc,
-            rates.to(dtype),
-            rates.to(dtype),
-            (0.0, float("inf")),
-            initial,
-            plan,
-            torch.empty_like(x),
-            state_dtype,
-        )

@@ -39,7 +39,7 @@ def metadata(decodes: int, prefills: list[int], draft: int = 0) -> Mamba2Attenti
         state_indices_tensor_d=1 + torch.arange(decodes * (1 + draft)).int().view(decodes, -1) if decodes else None,
         query_start_loc_d=(1 + draft) * torch.arange(decodes + 1).int() if speculates else None,
         num_accepted_tokens=torch.ones(decodes).int() if speculates else None,
-        seq_lens=torch.ones(decodes + len(prefills)),
+        seq_lens=torch.arange(decodes + len(prefills)).int() + 400,
         cu_chunk_seqlen_p=offsets if prefills else None,
         last_chunk_indices_p=torch.arange(len(prefills)).int() if prefills else None,
         prep_initial_states=bool(prefills),
@@ -61,6 +61,7 @@ def test_decodes_become_a_decode_plan(prefills: list[int], draft: int) -> None:
     assert (prefill is None) == (not prefills)
     assert decode.num_tokens == 3 * (1 + draft)
     assert decode.slots is batch.state_indices_tensor_d
+    assert decode.lengths.tolist() == [400, 401, 402]
     assert decode.query_start_loc is batch.query_start_loc_d
     assert decode.accepted is batch.num_accepted_tokens
     assert (decode.accepted is None) == (draft == 0)
@@ -73,6 +74,7 @@ def test_prefills_become_a_prefill_plan(decodes: int) -> None:
     assert prefill is not None
     assert (decode is None) == (decodes == 0)
     assert prefill.num_tokens == 306
+    assert prefill.lengths.tolist() == [400 + decodes, 401 + decodes, 402 + decodes]
     assert prefill.slots is batch.state_indices_tensor_p
     assert prefill.query_start_loc is batch.query_start_loc_p
     assert prefill.continues is batch.has_initial_states_p

@@ -1,6 +1,6 @@
 """Talk to a served Bamba through the OpenAI chat API; every turn sends the whole conversation again.
 
-    vllm serve examples/bamba-tiny --enable-prompt-tokens-details
+    vllm serve examples/bamba-tiny --enable-prompt-tokens-details   # on a CPU after: export VLLM_CPU_KVCACHE_SPACE=1
     python examples/chat.py --url http://127.0.0.1:8000
     python examples/chat.py "What is a list?" "And a tuple?"
 

@@ -4,7 +4,9 @@ An implementation is a function without arguments that does the work in place an
 inputs and the state slots of their case.
 """
 
+import functools
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ from vllm_bamba.ops.ssd_prefill import ssd_prefill
 from vllm_bamba.ops.ssd_prefill.reference import ssd_prefill_reference
 from vllm_bamba.ops.ssm_step import ssm_step
 from vllm_bamba.ops.ssm_step.reference import ssm_step_reference
+from vllm_bamba.state import FusedSlots, SlotFormat, mixer_shard
 
 OURS, VLLM, MAMBA_SSM = "vllm_bamba", "vllm", "mamba_ssm"
 Call = Callable[[], torch.Tensor]
@@ -203,6 +206,75 @@ def step(p: Problem) -> Case:
     return Case(calls, reference, moved, 5 * state[1:].numel())
 
 
+def fused_step(p: Problem, int8: bool = False) -> Case:
+    """The whole step between a mixer's projections, with full rings; vLLM's is its convolution and its state update."""
+    from vllm_bamba.ops.mixer_step import StepWeights, mixer_step
+    from vllm_bamba.ops.mixer_step.reference import mixer_step_reference
+    from vllm_bamba.ops.mixer_step.tuning import launch_for
+
+    (heads, head_dim), (groups, width), taps = p.heads, p.groups, p.shape.conv_width
+    inner, replay = heads * head_dim, 16
+    plan, (weight, bias), (_, dt, A, _, _, D, dt_bias) = p.decode_plan(), _conv_weights(p), p.recurrence()
+    projected = torch.cat([p.normal(p.tokens, 2 * inner + 2 * groups * width), dt], 1)
+    form = SlotFormat(mixer_shard(p.shape, 1), taps, p.dtype, torch.int8 if int8 else p.state_dtype, replay)
+    tensors = {
+        name: torch.empty(p.tokens + 1, *shape, dtype=dtype, device=p.device)
+        for name, (shape, dtype) in form.tensors().items()
+    }
+    for name, tensor in tensors.items():
+        tensor.copy_(p.normal(*tensor.shape, dtype=torch.float32) * (40 if name == "ssm" and int8 else 1))
+    slots, used = FusedSlots(**tensors), plan.slots[:, 0].long()
+    assert slots.ring_x is not None
+    assert slots.ring_b is not None
+    assert slots.ring_dt is not None
+    slots.ring_dt.abs_().mul_(0.05)
+    slots.ring_dt[used, :, (plan.lengths - 1).long() % replay] = 0  # as a step finds it
+    if p.tokens < launch_for(torch.device(p.device), heads // groups).replay_from:
+        slots.ring_dt.zero_()
+    out = torch.empty(p.tokens, inner, dtype=p.dtype, device=p.device)
+
+    # the same slots as vLLM keeps them: inputs of the convolution oldest first, the state with the ring's tokens in it
+    ages = plan.lengths[:, None].long() - 1 - torch.arange(1, max(replay, taps), device=p.device)  # newest first
+    inputs = slots.conv[used[:, None], ages[:, : taps - 1].flip(1) % taps].transpose(1, 2)  # [rows, channels, taps - 1]
+    times = slots.ring_dt[used[:, None], :, ages[:, : replay - 1] % replay].double()  # [rows, tokens, heads]
+    after = times.cumsum(1) - times
+    x = slots.ring_x[used[:, None], :, ages[:, : replay - 1] % replay].double()
+    B = slots.ring_b[used[:, None], ages[:, : replay - 1] % replay].double().unflatten(-1, (groups, width))
+    state = slots.ssm[used].double() * (1 if slots.scale is None else slots.scale[used].double()[..., None])
+    state *= (A * times.sum(1))[..., None, None].exp()
+    written = (times * (A * after).exp())[..., None] * x
+    state += torch.einsum("rthp,rthn->rhpn", written, B.repeat_interleave(heads // groups, 2))
+
+    conv_state = torch.zeros(p.tokens + 1, taps - 1, inputs.shape[1], dtype=p.dtype, device=p.device).transpose(1, 2)
+    conv_state[used] = inputs
+    ssm_state = torch.zeros(p.tokens + 1, *state.shape[1:], dtype=p.state_dtype, device=p.device)
+    ssm_state[used] = state.to(p.state_dtype)
+    weights, given = StepWeights(weight.T.contiguous(), bias, A, D, dt_bias, None), projected.clone()
+    start_gpu_backend(p)
+
+    def ours() -> torch.Tensor:
+        mixer_step(given, weights, NO_TIME_STEP_LIMIT, slots, plan, out)
+        return out
+
+    def vllms() -> torch.Tensor:
+        _, xbc, dt = projected.split([inner, inner + 2 * groups * width, heads], 1)
+        x, B, C = causal_conv1d_step(xbc, weight, bias, conv_state, plan).split([inner, *[groups * width] * 2], 1)
+        x, B, C = x.unflatten(1, p.heads), B.unflatten(1, p.groups), C.unflatten(1, p.groups)
+        ssm_step(x, dt, A, B, C, D, dt_bias, NO_TIME_STEP_LIMIT, ssm_state, plan, out.view_as(x))
+        return out
+
+    def reference(to: torch.dtype) -> torch.Tensor:
+        taps, offsets, rates, skips, biases = (t.to(to) for t in (weight, bias, A, D, dt_bias))
+        fixed = (taps, offsets, rates, skips, biases, NO_TIME_STEP_LIMIT)
+        rows = zip(given.to(to), inputs.to(to), state.to(to), strict=True)
+        return torch.stack([mixer_step_reference(row, *fixed, i, h, groups)[0] for row, i, h in rows])
+
+    scale = 0 if slots.scale is None else _size(slots.scale[1:])
+    kept = _size(slots.ssm[1:]) * (replay + 1) // replay + scale + _size(slots.ring_x[1:], slots.ring_b[1:]) // 2
+    moved = _size(projected, out, weight, bias, A, D, dt_bias) + kept + 2 * _size(slots.conv[1:])
+    return Case({OURS: ours, VLLM: vllms}, reference, moved, 3 * state.numel())
+
+
 def start_gpu_backend(p: Problem) -> None:
     """Outside an engine, choose vLLM's Triton kernel for the state update as the engine would."""
     if p.device == "cpu":
@@ -247,3 +319,6 @@ CASES: dict[str, tuple[str, str, Callable[[Problem], Case]]] = {  # name -> oper
     "gated_norm_prefill": ("gated_norm", "prefill", norm),
     "gated_norm_step": ("gated_norm", "decode", norm),
 }
+if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    CASES["mixer_step"] = ("mixer_step", "decode", fused_step)
+    CASES["mixer_step_int8"] = ("mixer_step", "decode", functools.partial(fused_step, int8=True))

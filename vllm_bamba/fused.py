@@ -21,6 +21,7 @@ import torch
 from vllm.platforms import current_platform
 
 from vllm_bamba.ops.causal_conv1d import causal_conv1d_prefill
+from vllm_bamba.ops.gated_norm import gate_for_later
 from vllm_bamba.ops.ssd_prefill import ssd_prefill
 from vllm_bamba.state import DecodePlan, PrefillPlan, SlotFormat, mixer_shard, state_dtypes
 
@@ -95,16 +96,26 @@ def slot_format(vllm_config: VllmConfig, shape: BambaShape) -> SlotFormat | None
 
 
 class FusedMixing:
-    """What a mixer does between its projections, with slots of its own layout."""
+    """What a mixer does between its projections, with slots of its own layout.
 
-    def __init__(self, mixer: BambaMixer, form: SlotFormat):
-        from vllm_bamba.ops.mixer_step import StepWeights  # needs Triton
+    Attributes:
+        divides_later: whether outputs are gated and weighted, and `sums` more columns say by what to divide them.
+    """
+
+    def __init__(self, mixer: BambaMixer, form: SlotFormat, quantised: bool):
+        from vllm_bamba.ops.mixer_step import StepWeights, launch_for, sum_columns  # need Triton
 
         self.mixer, self.form = mixer, form
         # the kernel reads one tap of many channels at a time; everybody else sees the shape of the checkpoint
         conv = mixer.conv1d
         conv.weight.data = conv.weight.data.t().contiguous().t()
-        self._weights = StepWeights(conv.weight, conv.bias, mixer.A, mixer.D, mixer.dt_bias, norm=None)
+        # the norm's division can wait until after out_proj, unless a bias or a scale of its own stands in between or
+        # fp16 is too small for what has not been divided
+        self.divides_later = not quantised and not mixer.shape.mamba_proj_bias and form.dtype != torch.float16
+        norm = mixer.norm.weight if self.divides_later else None
+        self._weights = StepWeights(conv.weight, conv.bias, mixer.A, mixer.D, mixer.dt_bias, norm)
+        launch = launch_for(conv.weight.device, form.shard.local_heads // form.shard.local_groups)
+        self.sums = sum_columns(form.shard.local_heads, launch) if self.divides_later else 0
 
     def decode(self, projected: torch.Tensor, plan: DecodePlan, output: torch.Tensor) -> None:
         from vllm_bamba.ops.mixer_step import mixer_step
@@ -128,10 +139,14 @@ class FusedMixing:
             xBC, mixer.conv1d.weight, mixer.conv1d.bias, scratch, replace(plan, slots=first + 1)
         )  # fmt: skip
         x, B, C = mixer.heads(xBC)
-        weights, limit = (mixer.D, mixer.dt_bias), mixer.shape.time_step_limit
+        y = x.new_empty(x.shape) if self.divides_later else mixer.y(output)
+        limit = mixer.shape.time_step_limit
         ssd_prefill(
-            x, dt, mixer.A, B, C, *weights, limit, states, replace(plan, slots=first), mixer.y(output)
+            x, dt, mixer.A, B, C, mixer.D, mixer.dt_bias, limit, states, replace(plan, slots=first), y
         )  # fmt: skip
+        if self.divides_later:
+            gate = projected[:, : mixer.shard.local_intermediate]
+            gate_for_later(y.flatten(1), gate, mixer.norm.weight, output)
 
         write_inputs(slots, plan, scratch[1:])
         write_states(slots, plan, states)

@@ -21,7 +21,7 @@ from vllm_bamba.compat import mix_opaquely, state_backend
 from vllm_bamba.config import BambaShape
 from vllm_bamba.fused import FusedMixing, slot_format
 from vllm_bamba.ops.causal_conv1d import causal_conv1d_prefill, causal_conv1d_step
-from vllm_bamba.ops.gated_norm import gated_rms_norm
+from vllm_bamba.ops.gated_norm import divide_later, gated_rms_norm
 from vllm_bamba.ops.ssd_prefill import ssd_prefill, warm_up
 from vllm_bamba.ops.ssm_step import ssm_step
 from vllm_bamba.prefix.options import state_spec
@@ -117,6 +117,9 @@ class GatedRMSNorm(nn.Module):
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         return gated_rms_norm(x, gate, self.weight, self.eps, self.channels, tensor_model_parallel_all_reduce)
 
+    def divide_later(self, y: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+        return divide_later(y, sums, self.eps, self.channels, tensor_model_parallel_all_reduce)
+
 
 class BambaMixer(nn.Module, MambaBase):
     """One Mamba-2 layer's mixer; its state lives in vLLM's cache, one slot a sequence."""
@@ -149,7 +152,8 @@ class BambaMixer(nn.Module, MambaBase):
         )
 
         form = slot_format(vllm_config, shape)
-        self.fused = None if form is None else FusedMixing(self, form)  # else vLLM's operators
+        quantised = vllm_config.quant_config is not None
+        self.fused = None if form is None else FusedMixing(self, form, quantised)  # else vLLM's operators
 
         layers = vllm_config.compilation_config.static_forward_context
         if prefix in layers:
@@ -161,14 +165,20 @@ class BambaMixer(nn.Module, MambaBase):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> [tokens, hidden]."""
         projected, _ = self.in_proj(hidden_states)
-        mixed = projected.new_empty(len(projected), self.shard.local_intermediate)
+        channels = self.shard.local_intermediate
+        if self.fused is not None and self.fused.divides_later:
+            mixed = projected.new_empty(len(projected), channels + self.fused.sums)
+            mix_opaquely(projected, mixed, self.prefix)
+            output, _ = self.out_proj(mixed[:, :channels])
+            return self.norm.divide_later(output, mixed[:, channels:])
+        mixed = projected.new_empty(len(projected), channels)
         mix_opaquely(projected, mixed, self.prefix)
-        gate = projected[:, : self.shard.local_intermediate]
+        gate = projected[:, :channels]
         output, _ = self.out_proj(self.norm(mixed, gate))
         return output
 
     def conv_ssm_forward(self, projected_states: torch.Tensor, output: torch.Tensor) -> None:
-        """Convolution and recurrence of x, B, C and dt, [tokens, in_proj rows], into output [tokens, channels].
+        """Convolution and recurrence of x, B, C and dt, [tokens, in_proj rows], into output [tokens, channels + sums].
 
         Called by `mix_opaquely`, which fixes the names. Decode tokens come first, then prefill tokens, then, in a
         padded batch, rows of no token.

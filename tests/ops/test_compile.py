@@ -24,7 +24,7 @@ STEP = [
 OTHERS = [{"kernel": kernel, "state": state, "REPLAY": 16} for kernel in ("read", "write") for state in ("bf16", "i8")]
 
 
-CASES = STEP + OTHERS
+CASES = [*STEP, *OTHERS, {"kernel": "gate", "state": "bf16"}]
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,16 @@ def compile_one(case: dict[str, Any]) -> str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from vllm_bamba.ops.gated_norm.kernels import gate_kernel
     from vllm_bamba.ops.mixer_step.kernels import step_kernel
     from vllm_bamba.ops.mixer_step.tuning import DEFAULT
     from vllm_bamba.ops.slot_state.kernels import read_kernel, write_kernel
 
-    kernel = {"mixer_step": step_kernel, "read": read_kernel, "write": write_kernel}[case["kernel"]]
+    kernel = {"mixer_step": step_kernel, "read": read_kernel, "write": write_kernel, "gate": gate_kernel}[
+        case["kernel"]
+    ]
     constants = SHAPE | {"QUANTISED": STATES[case["state"]], "HEADS_PER_PROGRAM": DEFAULT.heads_per_program}
+    constants |= {"COLUMNS": 8192, "SUMS": 64, "BLOCK": 8192}
     constants |= {name: value for name, value in case.items() if name.isupper()} | {"slots_stride": 1}
     signature, fixed, hints = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -70,7 +74,11 @@ def compile_one(case: dict[str, Any]) -> str:
             signature[name] = "i32" if name.endswith("_stride") else f"*{element}"
             hints[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=hints)
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": DEFAULT.num_warps})
+    binary = triton.compile(
+        source,
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps},
+    )
     tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])

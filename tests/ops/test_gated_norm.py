@@ -5,7 +5,7 @@ import torch
 from helpers import DEVICE, DTYPES, assert_precise, inside, randn
 from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
 
-from vllm_bamba.ops.gated_norm import gated_rms_norm
+from vllm_bamba.ops.gated_norm import divide_later, gate_for_later, gated_rms_norm
 from vllm_bamba.ops.gated_norm.reference import gated_rms_norm_reference
 
 CHANNELS, EPS = 96, 1e-5
@@ -54,6 +54,27 @@ def test_ranks_share_one_mean(ranks: int, dtype: torch.dtype) -> None:
     y = torch.cat([gated_rms_norm(*part, EPS, CHANNELS, lambda _: total) for part in zip(*parts, strict=True)], -1)
     exact = gated_rms_norm_reference(x.double(), gate.double(), weight.double(), EPS)
     assert_precise(y, exact, gated_rms_norm_reference(x, gate, weight, EPS), "y")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_the_division_may_follow_a_linear_map(tokens: int, dtype: torch.dtype) -> None:
+    x, gate, weight = inputs(tokens, dtype)
+    map_ = randn(4, CHANNELS, 32, dtype=dtype, scale=0.1)
+    out = inside(torch.full((tokens, CHANNELS + 6), float("nan"), dtype=dtype, device=DEVICE))
+    gate_for_later(inside(x), inside(gate), weight, out)
+    y = divide_later(out[:, :CHANNELS] @ map_, out[:, CHANNELS:], EPS, CHANNELS, alone)
+    assert y.dtype == dtype
+    exact = gated_rms_norm_reference(x.double(), gate.double(), weight.double(), EPS) @ map_.double()
+    plain = gated_rms_norm_reference(x, gate, weight, EPS) @ map_
+    for t in range(tokens):
+        assert_precise(y[t], exact[t], plain[t], f"token {t}")
+
+
+def test_columns_that_do_not_fit_are_refused() -> None:
+    x, gate, weight = inputs(2, torch.float32)
+    with pytest.raises(ValueError, match="do not fit"):
+        gate_for_later(x, gate, weight, torch.empty(2, CHANNELS + 1, device=DEVICE))
 
 
 def test_a_row_of_zeros_stays_zero() -> None:

@@ -16,7 +16,9 @@ def both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "DEFAULT", tuning.Launch(heads_per_program=2, num_warps=4, replay_from=3))
 
 
-@pytest.mark.parametrize(("replay", "changes"), [(0, {}), (8, {}), (8, {"mamba_n_groups": 2})], ids=str)
+@pytest.mark.parametrize(
+    ("replay", "changes"), [(0, {}), (8, {"mamba_n_groups": 2}), (8, {"mamba_proj_bias": True})], ids=str
+)
 def test_answers_equal_transformers(replay, changes, tmp_path, both_ways):
     path = save_random(tmp_path, **SMALL, **changes)
     with Engine(path, additional_config=FUSED | {"bamba_replay": replay}) as engine:
@@ -70,6 +72,17 @@ def test_8_bit_states_hold_more_sequences(tiny):
             slots = layer.fused.form.bind(layer.kv_cache)
             pages[name] = slots.ssm[0].nbytes + (0 if slots.scale is None else slots.scale[0].nbytes)
     assert pages["int8"] < 0.6 * pages["bf16"]
+
+
+@pytest.mark.multiprocess
+def test_two_ranks_equal_transformers(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    path = save_random(tmp_path, **SMALL)
+    with Engine(path, additional_config=FUSED, tensor_parallel_size=2, distributed_executor_backend="mp") as engine:
+        answers = engine.answers(random_prompts([1, 20, 33]), 10)
+    reference = Reference(path)
+    for answer in answers:
+        reference.check(answer)
 
 
 @pytest.mark.parametrize(

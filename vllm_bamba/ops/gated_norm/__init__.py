@@ -32,3 +32,44 @@ def gated_rms_norm(
     gated = x.float() * F.silu(gate.float())
     mean_square = sum_over_ranks(gated.square().sum(-1, keepdim=True)) / channels
     return weight * (gated * torch.rsqrt(mean_square + eps)).to(x.dtype)
+
+
+def gate_for_later(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """All of the norm but its division: weight * x * silu(gate), and what the division needs.
+
+    Args:
+        x, gate: [tokens, channels]; their rows may be parts of longer ones.
+        weight: [channels].
+        out: [tokens, channels + sums], at least two columns of sums. They add up to the sum of squares of
+            x * silu(gate), in two numbers, so that a low precision holds it.
+    """
+    from vllm_bamba.ops.gated_norm.kernels import gate_kernel  # needs Triton
+
+    tokens, channels = x.shape
+    sums = out.shape[1] - channels
+    if gate.shape != x.shape or weight.shape != (channels,) or len(out) != tokens or not 2 <= sums <= channels:
+        raise ValueError(f"x {tuple(x.shape)}, gate {tuple(gate.shape)} and out {tuple(out.shape)} do not fit")
+    block = 1 << (channels - 1).bit_length()
+    gate_kernel[(tokens,)](
+        *(x, gate, weight, out, x.stride(0), gate.stride(0), out.stride(0)), channels, sums, block, num_warps=8
+    )
+
+
+def divide_later(
+    y: torch.Tensor,
+    sums: torch.Tensor,
+    eps: float,
+    channels: int,
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """The norm's division, behind a linear map of what `gate_for_later` or `mixer_step` gave.
+
+    A row's factor passes through the map, so y may be its result: [tokens, any], on every rank the sum of all ranks'.
+
+    Args:
+        y: what to divide.
+        sums: [tokens, sums], this rank's columns of sums.
+        eps, channels, sum_over_ranks: as for `gated_rms_norm`.
+    """
+    mean_square = sum_over_ranks(sums.float().sum(-1, keepdim=True)) / channels
+    return (y * torch.rsqrt(mean_square + eps)).to(y.dtype)

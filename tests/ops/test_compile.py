@@ -56,9 +56,8 @@ def compile_one(case: dict[str, Any]) -> str:
     from vllm_bamba.ops.mixer_step.tuning import DEFAULT
     from vllm_bamba.ops.slot_state.kernels import read_kernel, write_kernel
 
-    kernel = {"mixer_step": step_kernel, "read": read_kernel, "write": write_kernel, "gate": gate_kernel}[
-        case["kernel"]
-    ]
+    kernels = {"mixer_step": step_kernel, "read": read_kernel, "write": write_kernel, "gate": gate_kernel}
+    kernel, warps = kernels[case["kernel"]], 8 if case["kernel"] == "gate" else DEFAULT.num_warps
     constants = SHAPE | {"QUANTISED": STATES[case["state"]], "HEADS_PER_PROGRAM": DEFAULT.heads_per_program}
     constants |= {"COLUMNS": 8192, "SUMS": 64, "BLOCK": 8192}
     constants |= {name: value for name, value in case.items() if name.isupper()} | {"slots_stride": 1}

@@ -214,6 +214,15 @@ def test_small_time_steps_keep_their_relative_precision() -> None:
 
 
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_heads_that_hardly_decay_drift_no_more_than_in_plain_code(state_dtype: torch.dtype) -> None:
+    batch = Batch(slot_format(torch.bfloat16, state_dtype), slots=[7], lengths=[1])
+    batch.weights.A.fill_(-(2.0**-10))
+    for _ in range(4000 if DEVICE.type == "cuda" else 100):
+        batch.step(REPLAYED)
+    batch.check_states()
+
+
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.int8], ids=str)
 def test_a_copied_slot_goes_on_as_the_original(state_dtype: torch.dtype) -> None:
     """A slot can be published after any token: its bytes are all there is to it."""
     batch = Batch(slot_format(torch.bfloat16, state_dtype), slots=[7], lengths=[3])

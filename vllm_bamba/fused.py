@@ -111,18 +111,20 @@ class FusedMixing:
         conv.weight.data = conv.weight.data.t().contiguous().t()
         # the norm's division can wait until after out_proj, unless a bias or a scale of its own stands in between or
         # fp16 is too small for what has not been divided
-        self.divides_later = not quantised and not mixer.shape.mamba_proj_bias and form.dtype != torch.float16
+        self.divides_later = (
+            not quantised and not mixer.shape.mamba_proj_bias and mixer.model_config.dtype != torch.float16
+        )
         norm = mixer.norm.weight if self.divides_later else None
         self._weights = StepWeights(conv.weight, conv.bias, mixer.A, mixer.D, mixer.dt_bias, norm)
-        launch = launch_for(conv.weight.device, form.shard.local_heads // form.shard.local_groups)
-        self.sums = sum_columns(form.shard.local_heads, launch) if self.divides_later else 0
+        self._launch = launch_for(conv.weight.device, form.shard.local_heads // form.shard.local_groups)
+        self.sums = sum_columns(form.shard.local_heads, self._launch) if self.divides_later else 0
 
     def decode(self, projected: torch.Tensor, plan: DecodePlan, output: torch.Tensor) -> None:
         from vllm_bamba.ops.mixer_step import mixer_step
 
         weights = self._weights._replace(taps=self._weights.taps.t())
         slots = self.form.bind(self.mixer.kv_cache)
-        mixer_step(projected, weights, self.mixer.shape.time_step_limit, slots, plan, output)
+        mixer_step(projected, weights, self.mixer.shape.time_step_limit, slots, plan, output, self._launch)
 
     def prefill(self, projected: torch.Tensor, plan: PrefillPlan, output: torch.Tensor) -> None:
         from vllm_bamba.ops.slot_state import read_inputs, read_states, write_inputs, write_states

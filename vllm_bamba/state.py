@@ -200,7 +200,7 @@ class SlotFormat:
     Attributes:
         shard: this rank's part of the mixer.
         width: of the convolution.
-        dtype: of activations.
+        dtype: of the convolution's inputs, x and B: that of activations unless the user chose another.
         state_dtype: of the checkpoint: fp32, bf16, fp16 or int8.
         replay: tokens that the ring holds; 0 without one.
     """

@@ -7,6 +7,7 @@ at most one decode plan and one prefill plan, whose fields are always there.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -174,10 +175,6 @@ class FusedSlots(NamedTuple):
     ring_b: torch.Tensor | None = None
     ring_dt: torch.Tensor | None = None
 
-    def strides(self) -> list[int]:
-        """Elements from slot to slot of each tensor."""
-        return [0 if t is None else t.stride(0) for t in self]
-
     def constants(self) -> dict[str, Any]:
         """What a kernel is compiled for."""
         heads, head_dim, state = self.ssm.shape[1:]
@@ -191,6 +188,11 @@ class FusedSlots(NamedTuple):
             "REPLAY": 0 if self.ring_dt is None else self.ring_dt.shape[2],
             "QUANTISED": self.scale is not None,
         }
+
+
+def slot_strides(tensors: Iterable[torch.Tensor | None]) -> list[int]:
+    """Elements from slot to slot of each tensor of `FusedSlots`; 0 for those that a format lacks."""
+    return [0 if t is None else t.stride(0) for t in tensors]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from vllm_bamba.ops.mixer_step.kernels import silu
+from vllm_bamba.ops.mixer_step.kernels import in_two, silu
 
 
 @triton.jit
@@ -18,7 +18,5 @@ def gate_kernel(
     z *= silu(tl.load(gate + row * gate_stride + c, mask=inside, other=0).to(tl.float32))
     out += row * out_stride
     tl.store(out + c, (z * tl.load(weight + c, mask=inside, other=0).to(tl.float32)).to(out.dtype.element_ty), inside)
-    squares = tl.sum(z * z, 0)
-    high = squares.to(out.dtype.element_ty)
-    low = (squares - high.to(tl.float32)).to(out.dtype.element_ty)
+    high, low = in_two(tl.sum(z * z, 0), out.dtype.element_ty)
     tl.store(out + COLUMNS + c, tl.where(c == 0, high, tl.where(c == 1, low, 0.0)).to(out.dtype.element_ty), c < SUMS)

@@ -6,7 +6,7 @@ import torch
 
 from vllm_bamba.ops.mixer_step.kernels import step_kernel
 from vllm_bamba.ops.mixer_step.tuning import Launch, launch_for
-from vllm_bamba.state import DecodePlan, FusedSlots
+from vllm_bamba.state import DecodePlan, FusedSlots, slot_strides
 
 
 class StepWeights(NamedTuple):
@@ -45,7 +45,7 @@ def mixer_step(
 
     Without `weights.norm` y goes to `out` [rows, channels of x]. With it, `out` is [rows, channels of x + sums]: it
     gets norm * y * silu(gate), and in the last `sum_columns` columns numbers whose sum is that of the squares of
-    y * silu(gate), for `deferred_scale` of the gated norm.
+    y * silu(gate), for `divide_later` of the gated norm.
 
     Args:
         projected: [rows, gate | x | B | C | dt].
@@ -91,7 +91,7 @@ def mixer_step(
         projected.stride(0),
         out.stride(0),
         plan.slots.stride(0),
-        *slots.strides(),
+        *slot_strides(slots),
         *dt_limit,
         **constants,
         WIDTH=width,

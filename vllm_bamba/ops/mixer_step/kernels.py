@@ -61,6 +61,20 @@ def fold(
 
 
 @triton.jit
+def in_two(value, dtype: tl.constexpr):
+    """Two numbers of a low precision whose sum is an fp32 number."""
+    high = value.to(dtype)
+    return high, (value - high.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def tile_of(head, p, n):
+    """A head's channels [HEAD_DIM], and where each value of its state stands [HEAD_DIM, STATE]."""
+    rows = head * p.shape[0] + p
+    return rows, rows[:, None] * n.shape[0] + n[None, :]
+
+
+@triton.jit
 def load_state(ssm, scale, rows, tile, QUANTISED: tl.constexpr):
     """A head's state in fp32, [HEAD_DIM, STATE]; `rows` are its channels."""
     state = tl.load(ssm + tile).to(tl.float32)
@@ -154,8 +168,7 @@ def step_kernel(
     squares = 0.0
     for i in tl.static_range(HEADS_PER_PROGRAM):
         head = first_head + i
-        rows = head * HEAD_DIM + p
-        tile = rows[:, None] * STATE + n[None, :]
+        rows, tile = tile_of(head, p, n)
         state = load_state(ssm, scale, rows, tile, QUANTISED)  # [HEAD_DIM, STATE]
         x_new = tl.load(xbc + rows)
         x = convolve(x_new, conv, conv_weight, conv_bias, rows, position, channels, WIDTH, BIAS)  # [HEAD_DIM]
@@ -195,7 +208,7 @@ def step_kernel(
             squares += tl.sum(y * y, 0)
             y *= tl.load(norm_weight + rows).to(tl.float32)
         tl.store(out + rows, y.to(out.dtype.element_ty))
-    if GATED:  # an fp32 number in two of the output's dtype
-        high = squares.to(out.dtype.element_ty)  # type: ignore[attr-defined]
+    if GATED:
+        high, low = in_two(squares, out.dtype.element_ty)
         tl.store(out + inner + 2 * part, high)
-        tl.store(out + inner + 2 * part + 1, (squares - high.to(tl.float32)).to(out.dtype.element_ty))
+        tl.store(out + inner + 2 * part + 1, low)

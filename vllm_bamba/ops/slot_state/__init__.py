@@ -3,7 +3,7 @@
 import torch
 
 from vllm_bamba.ops.slot_state.kernels import read_kernel, write_kernel
-from vllm_bamba.state import FusedSlots, PrefillPlan
+from vllm_bamba.state import FusedSlots, PrefillPlan, slot_strides
 
 
 def read_inputs(slots: FusedSlots, plan: PrefillPlan) -> torch.Tensor:
@@ -36,7 +36,7 @@ def read_states(slots: FusedSlots, A: torch.Tensor, plan: PrefillPlan) -> torch.
         _before(plan),
         plan.continues,
         *tensors,
-        *(0 if t is None else t.stride(0) for t in tensors),
+        *slot_strides(tensors),
         **slots.constants(),
     )
     return states
@@ -53,7 +53,7 @@ def write_states(slots: FusedSlots, plan: PrefillPlan, states: torch.Tensor) -> 
         plan.slots,
         plan.lengths,
         *tensors,
-        *(0 if t is None else t.stride(0) for t in tensors),
+        *slot_strides(tensors),
         **constants,
     )
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from vllm_bamba.ops.mixer_step.kernels import fold, load_state, store_state
+from vllm_bamba.ops.mixer_step.kernels import fold, load_state, store_state, tile_of
 
 
 @triton.jit
@@ -15,8 +15,7 @@ def read_kernel(
 ):  # fmt: skip
     head, sequence = tl.program_id(0), tl.program_id(1)
     p, n = tl.arange(0, HEAD_DIM), tl.arange(0, STATE)
-    rows = head * HEAD_DIM + p
-    tile = rows[:, None] * STATE + n[None, :]
+    rows, tile = tile_of(head, p, n)
     states += sequence.to(tl.int64) * HEADS * HEAD_DIM * STATE
     if tl.load(continues + sequence) == 0:
         tl.store(states + tile, tl.zeros([HEAD_DIM, STATE], tl.float32))
@@ -42,8 +41,7 @@ def write_kernel(
 ):  # fmt: skip
     head, sequence = tl.program_id(0), tl.program_id(1)
     p, n = tl.arange(0, HEAD_DIM), tl.arange(0, STATE)
-    rows = head * HEAD_DIM + p
-    tile = rows[:, None] * STATE + n[None, :]
+    rows, tile = tile_of(head, p, n)
     slot = tl.load(slots + sequence).to(tl.int64)
     if QUANTISED:
         scale += slot * scale_stride

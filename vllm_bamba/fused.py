@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from vllm.platforms import current_platform
 
 from vllm_bamba.ops.causal_conv1d import causal_conv1d_prefill
 from vllm_bamba.ops.gated_norm import gate_for_later
 from vllm_bamba.ops.ssd_prefill import ssd_prefill
-from vllm_bamba.state import DecodePlan, PrefillPlan, SlotFormat, mixer_shard, state_dtypes
+from vllm_bamba.state import DecodePlan, PrefillPlan, SlotFormat, mixer_shard, state_dtypes, state_shapes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -95,6 +96,20 @@ def slot_format(vllm_config: VllmConfig, shape: BambaShape) -> SlotFormat | None
     return SlotFormat(shard, shape.conv_width, conv_dtype, state_dtype, options.replay)
 
 
+def slot_shapes(vllm_config: VllmConfig, shape: BambaShape) -> tuple[tuple[int, ...], ...]:
+    """Shapes of one slot's tensors on one rank, as vLLM is to make them."""
+    if form := slot_format(vllm_config, shape):
+        return form.shapes()
+    return state_shapes(shape, vllm_config.parallel_config.tensor_parallel_size, vllm_config.num_speculative_tokens)
+
+
+def slot_dtypes(vllm_config: VllmConfig, shape: BambaShape) -> tuple[torch.dtype, torch.dtype]:
+    """Their dtypes."""
+    if form := slot_format(vllm_config, shape):
+        return form.dtypes()
+    return state_dtypes(vllm_config.model_config.dtype, vllm_config.cache_config)
+
+
 class FusedMixing:
     """What a mixer does between its projections, with slots of its own layout.
 
@@ -131,9 +146,8 @@ class FusedMixing:
 
         mixer, slots = self.mixer, self.form.bind(self.mixer.kv_cache)
         first = torch.arange(len(plan.slots), dtype=torch.int32, device=plan.slots.device)
-        inputs = read_inputs(slots, plan)
         # a row in front, as vLLM's convolution takes slot 0 for padding
-        scratch = torch.cat([torch.zeros_like(inputs[:1]), inputs]).transpose(1, 2).contiguous().transpose(1, 2)
+        scratch = F.pad(read_inputs(slots, plan).transpose(1, 2), (0, 0, 0, 0, 1, 0)).transpose(1, 2)
         states = read_states(slots, mixer.A, plan)
 
         xBC, dt = mixer.split(projected)

@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_bamba.compat import mix_opaquely, state_backend
 from vllm_bamba.config import BambaShape
-from vllm_bamba.fused import FusedMixing, slot_format
+from vllm_bamba.fused import FusedMixing, slot_dtypes, slot_format, slot_shapes
 from vllm_bamba.ops.causal_conv1d import causal_conv1d_prefill, causal_conv1d_step
 from vllm_bamba.ops.gated_norm import divide_later, gated_rms_norm
 from vllm_bamba.ops.ssd_prefill import ssd_prefill, warm_up
@@ -32,8 +32,6 @@ from vllm_bamba.state import (
     channels_first,
     mixer_shard,
     plan_batch,
-    state_dtypes,
-    state_shapes,
 )
 
 
@@ -129,8 +127,6 @@ class BambaMixer(nn.Module, MambaBase):
         self.shape = shape
         self.prefix = prefix
         self.model_config = vllm_config.model_config
-        self.cache_config = vllm_config.cache_config
-        self.draft_tokens = vllm_config.num_speculative_tokens
         shard = mixer_shard(shape, get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank())
         self.shard = shard
 
@@ -151,6 +147,7 @@ class BambaMixer(nn.Module, MambaBase):
             prefix=f"{prefix}.out_proj",
         )
 
+        self.slot_shapes, self.slot_dtypes = slot_shapes(vllm_config, shape), slot_dtypes(vllm_config, shape)
         form = slot_format(vllm_config, shape)
         quantised = vllm_config.quant_config is not None
         self.fused = None if form is None else FusedMixing(self, form, quantised)  # else vLLM's operators
@@ -160,7 +157,7 @@ class BambaMixer(nn.Module, MambaBase):
             raise ValueError(f"duplicate layer name: {prefix}")
         layers[prefix] = self
         self.kv_cache = (torch.tensor([]), torch.tensor([]))  # vLLM binds the state tensors
-        self.backend = state_backend(shape.head_dim, self.model_config.dtype, self.cache_config.cache_dtype)
+        self.backend = state_backend(shape.head_dim, self.model_config.dtype, vllm_config.cache_config.cache_dtype)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> [tokens, hidden]."""
@@ -254,11 +251,7 @@ class BambaMixer(nn.Module, MambaBase):
         return state_spec(super().get_kv_cache_spec(vllm_config), vllm_config)
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        if self.fused is not None:
-            return self.fused.form.shapes()
-        return state_shapes(self.shape, self.shard.size, self.draft_tokens)
+        return self.slot_shapes
 
     def get_state_dtype(self) -> tuple[torch.dtype, torch.dtype]:
-        if self.fused is not None:
-            return self.fused.form.dtypes()
-        return state_dtypes(self.model_config.dtype, self.cache_config)
+        return self.slot_dtypes

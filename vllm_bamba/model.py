@@ -37,10 +37,9 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_bamba.compat import MambaStateCopyFuncCalculator, prepare_lora
 from vllm_bamba.config import BambaShape
-from vllm_bamba.fused import slot_format
+from vllm_bamba.fused import slot_dtypes, slot_shapes
 from vllm_bamba.mixer import BambaMixer
 from vllm_bamba.prefix.options import attention_spec
-from vllm_bamba.state import state_dtypes, state_shapes
 from vllm_bamba.weights import STACKED, load_weights
 
 Residual: TypeAlias = torch.Tensor | None
@@ -290,17 +289,11 @@ class BambaForCausalLM(
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-        shape = BambaShape.from_hf(vllm_config.model_config.hf_config)
-        if form := slot_format(vllm_config, shape):
-            return form.shapes()
-        ranks = vllm_config.parallel_config.tensor_parallel_size
-        return state_shapes(shape, ranks, vllm_config.num_speculative_tokens)
+        return slot_shapes(vllm_config, BambaShape.from_hf(vllm_config.model_config.hf_config))
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
-        if form := slot_format(vllm_config, BambaShape.from_hf(vllm_config.model_config.hf_config)):
-            return form.dtypes()
-        return state_dtypes(vllm_config.model_config.dtype, vllm_config.cache_config)
+        return slot_dtypes(vllm_config, BambaShape.from_hf(vllm_config.model_config.hf_config))
 
     @classmethod
     def get_mamba_state_copy_func(cls):  # type: ignore[no-untyped-def]

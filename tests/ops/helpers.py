@@ -123,12 +123,13 @@ def assert_precise(value: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor
     """`value` is at most twice as far from the fp64 truth as plain torch code in the same precision.
 
     The floor, for the cases that plain code gets exactly right by chance, is one unit in the last place of the
-    largest number.
+    largest number; on a GPU two in fp32, which is what `ex2.approx`, Triton's exp, may be off by (PTX ISA).
     """
     assert exact.dtype == torch.float64
     assert value.shape == exact.shape, f"{what}: {tuple(value.shape)}, not {tuple(exact.shape)}"
     eps = max(torch.finfo(value.dtype).eps, torch.finfo(plain.dtype).eps)
-    floor = eps * exact.abs().max().item()
+    units = 2 if DEVICE.type == "cuda" and eps == torch.finfo(torch.float32).eps else 1
+    floor = units * eps * exact.abs().max().item()
     error, allowed = worst(value, exact), 2 * worst(plain.to(value.dtype), exact) + floor
     assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
 

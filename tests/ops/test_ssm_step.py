@@ -1,6 +1,5 @@
 """One step of the recurrence against its reference, the reference against Transformers' step."""
 
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -9,25 +8,12 @@ from helpers import DEVICE, DTYPES, NO_LIMIT, Recorder, Slots, as_on_a_gpu, asse
 from transformers.models.bamba import modeling_bamba
 from vllm.config.mamba import MambaConfig
 from vllm.model_executor.layers.mamba.ops import ssu_dispatch
-from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
-from vllm.v1.kv_cache_interface import MambaSpec
 
 from vllm_bamba.ops.ssm_step import kernels, ssm_step
 from vllm_bamba.ops.ssm_step.reference import ssm_step_reference
 
 HEADS, HEAD_DIM, STATE = 4, 16, 32
 LIMIT = (0.05, 0.4)
-
-
-@pytest.fixture(autouse=True)
-def update_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What vLLM's workers do before the first step; the GPU path asks for it."""
-    monkeypatch.setattr(ssu_dispatch, "_mamba_ssu_backend", None)
-    mamba = MambaSpec(
-        shapes=((1, 1),), dtypes=(torch.float32,), block_size=1, mamba_type=MambaAttentionBackendEnum.MAMBA2
-    )
-    groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=mamba)])
-    ssu_dispatch.initialize_mamba_ssu_backend(MambaConfig(), groups)
 
 
 class Inputs(NamedTuple):

@@ -12,7 +12,7 @@ import inspect
 import pathlib
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from op_cases import CASES, OURS, VLLM, Case
@@ -63,12 +63,11 @@ def tests_pass(operator: str) -> bool:
     return run.returncode == 0
 
 
-def disagreement(name: str, problem: Problem) -> str:
-    """What is wrong with the implementations' outputs on a small problem, or "".
+def wrong_ones(build: Callable[[Problem], Case], problem: Problem) -> dict[str, str]:
+    """Implementations whose outputs are wrong on a small problem, each with what is wrong.
 
     An error against the fp64 reference may be twice that of the same plain code in the problem's own precision.
     """
-    build = CASES[name][2]
 
     def fresh() -> Case:  # the same random inputs each time: calls overwrite them
         return build(Problem(problem.shape, problem.tokens, problem.dtype, problem.state_dtype, problem.seed))
@@ -76,13 +75,13 @@ def disagreement(name: str, problem: Problem) -> str:
     truth = fresh().reference(torch.float64)
     scale = truth.abs().max().item()
     limit = 2 * (fresh().reference(problem.dtype) - truth).abs().max().item() / scale + 8 * _epsilon(problem)
-    wrong = []
+    wrong = {}
     for implementation in fresh().calls:
         y = fresh().calls[implementation]()
         error = (y.double() - truth).abs().max().item() / scale
         if not error <= limit:  # NaN is wrong too
-            wrong.append(f"{implementation} is off by {error:.1e} (limit {limit:.1e})")
-    return ", ".join(wrong)
+            wrong[implementation] = f"is off by {error:.1e} (limit {limit:.1e})"
+    return wrong
 
 
 def _epsilon(problem: Problem) -> float:
@@ -167,7 +166,7 @@ def main(argv: Sequence[str]) -> None:
         small = Problem.of(
             args.shape, CHECKED_TOKENS if phase == "prefill" else CHECKED_ROWS, dtype, state_dtype, args.seed
         )
-        wrong = disagreement(name, small)
+        wrong = ", ".join(f"{which} {what}" for which, what in wrong_ones(build, small).items())
         verified = f"agrees with the reference, tests {'green' if args.tests == 'run' else 'not run'}"
         if wrong or not tested.get(operator, True):
             verified = f"RED: {wrong or 'the tests of ' + operator + ' do not pass'}"

@@ -7,9 +7,10 @@ inputs and the state slots of their case.
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 from op_inputs import Problem
@@ -24,6 +25,9 @@ from vllm_bamba.ops.ssd_prefill.reference import ssd_prefill_reference
 from vllm_bamba.ops.ssm_step import ssm_step
 from vllm_bamba.ops.ssm_step.reference import ssm_step_reference
 from vllm_bamba.state import FusedSlots, SlotFormat, mixer_shard
+
+if TYPE_CHECKING:
+    from vllm_bamba.ops.mixer_step.tuning import Launch
 
 OURS, VLLM, MAMBA_SSM = "vllm_bamba", "vllm", "mamba_ssm"
 Call = Callable[[], torch.Tensor]
@@ -206,11 +210,14 @@ def step(p: Problem) -> Case:
     return Case(calls, reference, moved, 5 * state[1:].numel())
 
 
-def fused_step(p: Problem, int8: bool = False) -> Case:
-    """The whole step between a mixer's projections, with full rings; vLLM's is its convolution and its state update."""
+def fused_step(p: Problem, int8: bool = False, launches: "Mapping[str, Launch] | None" = None) -> Case:
+    """The whole step between a mixer's projections; vLLM's is its convolution and its state update.
+
+    `launches` are by name, all replaying with full rings, or none; without them what is tuned for the batch.
+    """
     from vllm_bamba.ops.mixer_step import StepWeights, mixer_step
     from vllm_bamba.ops.mixer_step.reference import mixer_step_reference
-    from vllm_bamba.ops.mixer_step.tuning import launch_for
+    from vllm_bamba.ops.mixer_step.tuning import tuning_for
 
     (heads, head_dim), (groups, width), taps = p.heads, p.groups, p.shape.conv_width
     inner, replay = heads * head_dim, 16
@@ -229,7 +236,10 @@ def fused_step(p: Problem, int8: bool = False) -> Case:
     assert slots.ring_dt is not None
     slots.ring_dt.abs_().mul_(0.05)
     slots.ring_dt[used, :, (plan.lengths - 1).long() % replay] = 0  # as a step finds it
-    if p.tokens < launch_for(torch.device(p.device), heads // groups).replay_from:
+    launches = launches or {
+        OURS: tuning_for(torch.device(p.device), int8).launch_for(p.tokens, heads // groups, head_dim)
+    }
+    if not any(launch.replays for launch in launches.values()):
         slots.ring_dt.zero_()
     out = torch.empty(p.tokens, inner, dtype=p.dtype, device=p.device)
 
@@ -252,8 +262,8 @@ def fused_step(p: Problem, int8: bool = False) -> Case:
     weights, given = StepWeights(weight.T.contiguous(), bias, A, D, dt_bias, None), projected.clone()
     start_gpu_backend(p)
 
-    def ours() -> torch.Tensor:
-        mixer_step(given, weights, NO_TIME_STEP_LIMIT, slots, plan, out)
+    def ours(launch: "Launch") -> torch.Tensor:
+        mixer_step(given, weights, NO_TIME_STEP_LIMIT, slots, plan, out, launch)
         return out
 
     def vllms() -> torch.Tensor:
@@ -272,7 +282,8 @@ def fused_step(p: Problem, int8: bool = False) -> Case:
     scale = 0 if slots.scale is None else _size(slots.scale[1:])
     kept = _size(slots.ssm[1:]) * (replay + 1) // replay + scale + _size(slots.ring_x[1:], slots.ring_b[1:]) // 2
     moved = _size(projected, out, weight, bias, A, D, dt_bias) + kept + 2 * _size(slots.conv[1:])
-    return Case({OURS: ours, VLLM: vllms}, reference, moved, 3 * state.numel())
+    calls: dict[str, Call] = {name: functools.partial(ours, launch) for name, launch in launches.items()}
+    return Case(calls | {VLLM: vllms}, reference, moved, 3 * state.numel())
 
 
 def start_gpu_backend(p: Problem) -> None:

@@ -1,7 +1,8 @@
-"""Triton kernels on a machine without a GPU: its interpreter, made to round as GPUs do.
+"""Triton kernels on a machine without a GPU: its interpreter, made to compute with bf16 as GPUs do.
 
 Triton's interpreter cuts fp32 off towards zero where it makes bf16 of it. A GPU rounds to nearest even, and a state
-that is stored every step shows the difference.
+that is stored every step shows the difference. And it keeps bf16 numbers as 16-bit integers, which is what it then
+multiplies in `tl.dot`.
 """
 
 import os
@@ -31,5 +32,14 @@ def use_interpreter_without_a_gpu() -> None:
             return np.array(data).view(np.uint16).astype(np.uint32) << 16
         return convert(data, source, target, mode)
 
+    def widened(operand: Any) -> Any:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return interpreter.TensorHandle(
+            rounded(operand.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32
+        )
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: multiply(self, widened(a), widened(b), *rest)
     rounded.__wrapped__ = convert  # type: ignore[attr-defined]
     interpreter._convert_float = rounded

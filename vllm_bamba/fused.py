@@ -118,7 +118,7 @@ class FusedMixing:
     """
 
     def __init__(self, mixer: BambaMixer, form: SlotFormat, quantised: bool):
-        from vllm_bamba.ops.mixer_step import StepWeights, launch_for, sum_columns  # need Triton
+        from vllm_bamba.ops.mixer_step import StepWeights, sum_columns  # need Triton
 
         self.mixer, self.form = mixer, form
         # the kernel reads one tap of many channels at a time; everybody else sees the shape of the checkpoint
@@ -131,15 +131,14 @@ class FusedMixing:
         )
         norm = mixer.norm.weight if self.divides_later else None
         self._weights = StepWeights(conv.weight, conv.bias, mixer.A, mixer.D, mixer.dt_bias, norm)
-        self._launch = launch_for(conv.weight.device, form.shard.local_heads // form.shard.local_groups)
-        self.sums = sum_columns(form.shard.local_heads, self._launch) if self.divides_later else 0
+        self.sums = sum_columns(form.shard.local_heads) if self.divides_later else 0
 
     def decode(self, projected: torch.Tensor, plan: DecodePlan, output: torch.Tensor) -> None:
         from vllm_bamba.ops.mixer_step import mixer_step
 
         weights = self._weights._replace(taps=self._weights.taps.t())
         slots = self.form.bind(self.mixer.kv_cache)
-        mixer_step(projected, weights, self.mixer.shape.time_step_limit, slots, plan, output, self._launch)
+        mixer_step(projected, weights, self.mixer.shape.time_step_limit, slots, plan, output)
 
     def prefill(self, projected: torch.Tensor, plan: PrefillPlan, output: torch.Tensor) -> None:
         from vllm_bamba.ops.slot_state import read_inputs, read_states, write_inputs, write_states

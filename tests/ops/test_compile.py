@@ -18,10 +18,13 @@ FP32 = {"a_ptr", "scale", "ring_dt", "states"}
 INT32 = {"slots", "lengths"}
 STATES = {"fp32": False, "bf16": False, "fp16": False, "i8": True}
 STEP = [
-    {"kernel": "mixer_step", "state": state, "REPLAY": replay, "PLAIN": plain, "GATED": True}
-    for state, (replay, plain) in itertools.product(STATES, [(0, True), (16, True), (16, False)])
+    {"kernel": "mixer_step", "state": state, "REPLAY": replay, "launch": launch}
+    for state, replay, launch in itertools.product(STATES, [0, 16], range(2))
+    if replay or not launch
 ]
-OTHERS = [{"kernel": kernel, "state": state, "REPLAY": 16} for kernel in ("read", "write") for state in ("bf16", "i8")]
+OTHERS = [
+    {"kernel": kernel, "state": state, "REPLAY": 16} for kernel in ("fold", "read", "write") for state in ("bf16", "i8")
+]
 
 
 CASES = [*STEP, *OTHERS, {"kernel": "gate", "state": "bf16"}]
@@ -32,7 +35,9 @@ def usage() -> list[str]:
     """What the machine code of each case takes, from one process without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     here = pathlib.Path(__file__)
-    environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here.parents[2])])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(here.parent), str(here.parents[2]), os.environ.get("PYTHONPATH", "")]
+    )
     program = "import test_compile as t; print(*[t.compile_one(case) for case in t.CASES], sep='\\0')"
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -52,15 +57,29 @@ def compile_one(case: dict[str, Any]) -> str:
     from triton.compiler import ASTSource
 
     from vllm_bamba.ops.gated_norm.kernels import gate_kernel
-    from vllm_bamba.ops.mixer_step.kernels import step_kernel
-    from vllm_bamba.ops.mixer_step.tuning import DEFAULT
+    from vllm_bamba.ops.mixer_step.kernels import fold_kernel, step_kernel
+    from vllm_bamba.ops.mixer_step.tuning import DEFAULT, Launch
     from vllm_bamba.ops.slot_state.kernels import read_kernel, write_kernel
 
-    kernels = {"mixer_step": step_kernel, "read": read_kernel, "write": write_kernel, "gate": gate_kernel}
-    kernel, warps = kernels[case["kernel"]], 8 if case["kernel"] == "gate" else DEFAULT.num_warps
-    constants = SHAPE | {"QUANTISED": STATES[case["state"]], "HEADS_PER_PROGRAM": DEFAULT.heads_per_program}
+    kernels = {
+        "mixer_step": step_kernel,
+        "fold": fold_kernel,
+        "read": read_kernel,
+        "write": write_kernel,
+        "gate": gate_kernel,
+    }
+    kernel, warps = kernels[case["kernel"]], 8 if case["kernel"] == "gate" else 4
+    registers = None
+    constants = SHAPE | {"QUANTISED": STATES[case["state"]], "GATED": True}
     constants |= {"COLUMNS": 8192, "SUMS": 64, "BLOCK": 8192}
     constants |= {name: value for name, value in case.items() if name.isupper()} | {"slots_stride": 1}
+    if case["kernel"] == "mixer_step":
+        launch = case["launch"]
+        launch = launch if isinstance(launch, Launch) else DEFAULT.launches[launch][1]
+        warps, registers = launch.num_warps, launch.max_registers
+        constants |= {"HEADS_PER_PROGRAM": launch.heads, "WRITTEN": launch.written}
+        constants["SPLIT"] = launch.split
+        constants["PLAIN"] = not (case["REPLAY"] and launch.replays)
     signature, fixed, hints = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -76,7 +95,7 @@ def compile_one(case: dict[str, Any]) -> str:
     binary = triton.compile(
         source,
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": warps},
+        options={"num_warps": warps, "maxnreg": registers},
     )
     tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

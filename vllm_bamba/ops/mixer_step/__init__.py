@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_bamba.ops.mixer_step.kernels import step_kernel
-from vllm_bamba.ops.mixer_step.tuning import Launch, launch_for
+from vllm_bamba.ops.mixer_step.kernels import fold_kernel, step_kernel
+from vllm_bamba.ops.mixer_step.tuning import Launch, tuning_for
 from vllm_bamba.state import DecodePlan, FusedSlots, slot_strides
 
 
@@ -27,9 +27,9 @@ class StepWeights(NamedTuple):
     norm: torch.Tensor | None
 
 
-def sum_columns(heads: int, launch: Launch) -> int:
-    """Columns behind the channels of `mixer_step`'s output for the sums of squares of a gated row."""
-    return 2 * (heads // launch.heads_per_program)
+def sum_columns(heads: int) -> int:
+    """Columns behind the channels of `mixer_step`'s output for the sums of squares of a gated row: two a head."""
+    return 2 * heads
 
 
 def mixer_step(
@@ -54,17 +54,18 @@ def mixer_step(
         slots: read and written in place.
         plan: the batch's decodes, without speculation.
         out: see above; its rows may be parts of longer ones.
-        launch: how; by default what is tuned for the GPU.
+        launch: how; by default what is tuned for the GPU and the number of rows.
 
     Raises:
         ValueError: shapes do not fit each other.
     """
     constants = slots.constants()
     heads, head_dim, groups, state = (constants[k] for k in ("HEADS", "HEAD_DIM", "GROUPS", "STATE"))
-    launch = launch or launch_for(projected.device, heads // groups)
     rows, width = len(projected), slots.conv.shape[1]
+    if launch is None:
+        launch = tuning_for(projected.device, slots.scale is not None).launch_for(rows, heads // groups, head_dim)
     inner, channels = heads * head_dim, slots.conv.shape[2]
-    columns = inner + (0 if weights.norm is None else sum_columns(heads, launch))
+    columns = inner + (0 if weights.norm is None else sum_columns(heads))
     if (
         projected.shape != (plan.num_tokens, inner + channels + heads)
         or out.shape != (rows, columns)
@@ -76,7 +77,8 @@ def mixer_step(
             f"{tuple(weights.A.shape)} do not fit slots of {heads} heads x {head_dim} x {state}, {channels} channels "
             f"and a plan of {plan.num_tokens} tokens: expected {inner + channels + heads} and {columns} columns"
         )
-    step_kernel[heads // launch.heads_per_program, rows](
+    replay = constants["REPLAY"]
+    step_kernel[heads // launch.heads, rows](
         projected,
         out,
         weights.taps,
@@ -95,9 +97,17 @@ def mixer_step(
         *dt_limit,
         **constants,
         WIDTH=width,
-        HEADS_PER_PROGRAM=launch.heads_per_program,
+        HEADS_PER_PROGRAM=launch.heads,
+        WRITTEN=launch.written,
+        SPLIT=launch.split,
         BIAS=weights.conv_bias is not None,
         GATED=weights.norm is not None,
-        PLAIN=slots.ring_dt is None or rows < launch.replay_from,
+        PLAIN=not (replay and launch.replays),
         num_warps=launch.num_warps,
+        maxnreg=launch.max_registers,
     )
+    if replay and launch.replays and launch.split:
+        tensors = (slots.ssm, slots.scale, slots.ring_x, slots.ring_b, slots.ring_dt)
+        fold_kernel[-(-heads // replay), rows](
+            weights.A, plan.slots, plan.lengths, *tensors, plan.slots.stride(0), *slot_strides(tensors), **constants
+        )

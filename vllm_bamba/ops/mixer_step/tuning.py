@@ -1,6 +1,6 @@
 """How the kernels are launched. Nothing is tried out at run time: start-up is short and results repeat."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,28 +10,50 @@ class Launch:
     """Choices that change speed and, through the order of sums, last bits.
 
     Attributes:
-        heads_per_program: heads of one row that a program serves; they share one convolution of B and C.
+        heads: heads of one row that a program serves; they share one convolution of B and C.
+        written: channels of a head whose ring is folded at a time, at least 16; fewer take fewer registers, of which
+            the kernel needs as many as its greediest part.
         num_warps: of a program.
-        replay_from: rows from which on states are read only and tokens kept in the ring; below, every step writes.
+        replays: whether states are read only and tokens kept in the ring; else every step writes.
+        max_registers: of a thread, for the compiler; None leaves it the choice.
     """
 
-    heads_per_program: int = 4
-    num_warps: int = 4
-    replay_from: int = 8
+    heads: int
+    written: int
+    num_warps: int
+    replays: bool
+    max_registers: int | None = None
+    split: bool = False
 
 
-DEFAULT = Launch()
+@dataclass(frozen=True)
+class Tuning:
+    """Launches by the number of rows, in ascending order: each serves up to so many."""
 
-# (compute capability) -> launch; an entry comes with the measurement in benchmarks/results that chose it
-TUNED: dict[tuple[int, int], Launch] = {}
+    launches: tuple[tuple[int, Launch], ...]
+
+    def launch_for(self, rows: int, heads_per_group: int, head_dim: int) -> Launch:
+        """The launch for a batch, with as many heads and channels as the model has."""
+        launch = next((launch for most, launch in self.launches if rows <= most), self.launches[-1][1])
+        heads = launch.heads
+        while heads_per_group % heads:
+            heads //= 2
+        return replace(launch, heads=heads, written=min(launch.written, head_dim))
 
 
-def launch_for(device: torch.device, heads_per_group: int) -> Launch:
-    """The launch for a GPU, with as many heads a program as its groups allow."""
-    chosen = DEFAULT
-    if device.type == "cuda":
-        chosen = TUNED.get(torch.cuda.get_device_capability(device), DEFAULT)
-    heads = chosen.heads_per_program
-    while heads_per_group % heads:
-        heads //= 2
-    return Launch(heads, chosen.num_warps, chosen.replay_from)
+DEFAULT = Tuning(
+    (
+        (8, Launch(heads=1, written=64, num_warps=4, replays=False)),
+        (1 << 30, Launch(heads=2, written=16, num_warps=4, replays=True)),
+    )
+)
+
+# (compute capability, 8-bit states) -> tuning; an entry comes with the measurement in benchmarks/results that chose it
+TUNED: dict[tuple[tuple[int, int], bool], Tuning] = {}
+
+
+def tuning_for(device: torch.device, quantised: bool) -> Tuning:
+    """What is known of a GPU."""
+    if device.type != "cuda":
+        return DEFAULT
+    return TUNED.get((torch.cuda.get_device_capability(device), quantised), DEFAULT)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from vllm_bamba.ops.mixer_step.kernels import fold, load_state, store_state, tile_of
+from vllm_bamba.ops.mixer_step.kernels import fold, store_state, tile_of, widened
 
 
 @triton.jit
@@ -23,13 +23,13 @@ def read_kernel(
     slot = tl.load(slots + sequence).to(tl.int64)
     if QUANTISED:
         scale += slot * scale_stride
-    state = load_state(ssm + slot * ssm_stride, scale, rows, tile, QUANTISED)
+    state = widened(tl.load(ssm + slot * ssm_stride + tile), scale, rows, QUANTISED)
     if REPLAY > 0:
         ring_x += slot * ring_x_stride + head * REPLAY * HEAD_DIM
         ring_b += slot * ring_b_stride + head // (HEADS // GROUPS) * STATE
         ring_dt += slot * ring_dt_stride + head * REPLAY
         position, a = tl.load(lengths + sequence), tl.load(a_ptr + head)
-        state = fold(state, 0 * a, a, position, ring_x, ring_b, ring_dt, p, n, GROUPS * STATE, REPLAY)
+        state = fold(state, 0 * a, a, position - 1, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, GROUPS * STATE, REPLAY)
     tl.store(states + tile, state)
 
 

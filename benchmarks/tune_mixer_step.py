@@ -1,0 +1,133 @@
+"""Find the launches of the fused decode step that serve each batch fastest, for the tables of its `tuning.py`.
+
+    python benchmarks/tune_mixer_step.py
+
+Every candidate is checked against the fp64 reference, then takes turns with the others and with vLLM's two operators on
+cold caches. Prints a table entry for this GPU, one for 16-bit states and one for int8, and writes all times as rows.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import itertools
+import multiprocessing
+import sys
+from collections.abc import Mapping, Sequence
+
+import torch
+from bench_ops import CHECKED_ROWS, wrong_ones
+from op_cases import VLLM, fused_step
+from op_inputs import Problem
+from rows import Results, add_arguments, dtype_name, dtype_of, progress
+from timing import Samples, interleaved, measure_limits
+
+from vllm_bamba.ops.mixer_step.tuning import Launch
+
+CANDIDATES = [
+    *(Launch(heads, 16, warps, replays=False) for heads, warps in ((1, 4), (1, 8), (2, 8))),
+    *(Launch(1, 16, warps, True, registers) for warps in (2, 4) for registers in (None, 128)),
+    *(Launch(heads, 16, warps, True, None, True) for heads, warps in itertools.product((1, 2, 4, 8), (2, 4))),
+    *(Launch(heads, 16, 2, True, 128, True) for heads in (1, 2)),
+    *(Launch(heads, 16, 4, True, 128, True) for heads in (4, 8)),
+]
+WORTH = 1.02  # another launch than for the batch before must be faster by this
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["9b", "tiny"], default="9b")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8, 16, 32, 64, 128, 256, 512])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--dtype", default="auto", help="of activations and 16-bit states; auto: bfloat16 on a GPU")
+    parser.add_argument("--workers", type=int, default=8, help="processes that compile")
+    add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def by_way() -> list[dict[str, Launch]]:
+    """Candidates by name: those that write states every step, and those that replay; they find different slots."""
+    return [{str(c): c for c in CANDIDATES if c.replays == replays} for replays in (False, True)]
+
+
+def compile_one(problem: Problem, int8: bool, name: str, launch: Launch) -> None:
+    """In a process of its own; the next process finds the kernel on the disk."""
+    fused_step(problem, int8, {name: launch}).calls[name]()
+
+
+def times_of(problem: Problem, int8: bool, right: Mapping[str, Launch], repeats: int) -> dict[str, Samples]:
+    """Times of all candidates and of vLLM's operators on one batch."""
+    times: dict[str, Samples] = {}
+    for launches in by_way():
+        usable = {name: launch for name, launch in launches.items() if name in right}
+        calls = fused_step(problem, int8, usable).calls
+        times |= interleaved(calls, repeats, problem.seed)
+        torch.cuda.empty_cache()
+    return times
+
+
+def table(best: Sequence[tuple[int, Launch]]) -> str:
+    """Batches with the same launch as the next larger one are covered by it."""
+    kept = [(batch, launch) for (batch, launch), (_, after) in itertools.pairwise(best) if launch != after]
+    return "\n".join(f"({batch}, {launch})," for batch, launch in [*kept, (1 << 30, best[-1][1])])
+
+
+def main(argv: Sequence[str]) -> None:
+    args = arguments(argv)
+    dtype = dtype_of(args.dtype)
+    limits = measure_limits(dtype, seed=args.seed)
+    small = Problem.of(args.shape, CHECKED_ROWS, dtype, dtype, args.seed)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+        progress(f"compiling {2 * len(CANDIDATES)} kernels")
+        jobs = [pool.submit(compile_one, small, int8, str(c), c) for int8 in (False, True) for c in CANDIDATES]
+        for job in jobs:
+            job.result()
+    for int8 in (False, True):
+        results = Results.of(
+            "tune_mixer_step",
+            args,
+            list(argv),
+            model=f"bamba-{args.shape}",
+            weights="random inputs",
+            case="mixer_step_int8" if int8 else "mixer_step",
+            dtype=dtype_name(dtype),
+            state_dtype="int8" if int8 else dtype_name(dtype),
+            cache_mode="none",
+        )
+        right: dict[str, Launch] = {}
+        for launches in by_way():
+            wrong = wrong_ones(functools.partial(fused_step, int8=int8, launches=launches), small)
+            for name, launch in launches.items():
+                if name in wrong:
+                    progress(f"left out: {name} {wrong[name]}")
+                else:
+                    right[name] = launch
+        best: list[tuple[int, Launch]] = []
+        for batch in args.batches:
+            problem = Problem.of(args.shape, batch, dtype, dtype, args.seed)
+            times = times_of(problem, int8, right, args.repeats)
+            moved = fused_step(problem, int8).bytes_moved
+            for name, samples in times.items():
+                details = f"{moved} bytes; cold cache; floor {limits.floor_ms(moved):.4f} ms if states are read only"
+                results.add_samples(
+                    samples, variant=name, batch=batch, metric="time", unit="ms", details=details,
+                    verified="agrees with the reference",
+                )  # fmt: skip
+            ours = {name: samples.median for name, samples in times.items() if name != VLLM}
+            fastest = min(ours, key=ours.__getitem__)
+            if best and ours[fastest] * WORTH > ours[str(best[-1][1])]:
+                fastest = str(best[-1][1])
+            best.append((batch, right[fastest]))
+            ranked = sorted(ours.items(), key=lambda item: item[1])
+            print(
+                f"\nbatch {batch}, {'int8' if int8 else dtype_name(dtype)}: vllm {times[VLLM].median:.4f} ms, ", end=""
+            )
+            print(f"ours {ours[fastest]:.4f}, {times[VLLM].median / ours[fastest]:.2f}x, ", end="")
+            print(f"{moved / ours[fastest] / 1e6:.0f} of {limits.bytes_per_second / 1e9:.0f} GB/s")
+            for name, milliseconds in [*ranked[:6], *ranked[-1:]]:
+                print(f"  {milliseconds:.4f} {name}")
+        print(f"\nfor tuning.py, {'int8' if int8 else '16-bit'} states:\n{table(best)}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -29,6 +29,11 @@ COLOURS = {
     "vllm": "#8e6bdc",
     "vllm_granite_hybrid": "#8e6bdc",
     "vllm_llama": "#2a9d5c",
+    "vllm_operators": "#c2559d",
+    "vllm_operators_align": "#c2730a",
+    "vllm_operators_slots": "#6a8f1a",
+    "fused": "#d9534f",
+    "fused_slots": "#118fa3",
     "mamba_ssm": "#d9534f",
     "roofline": TEXT,
     "floor": TEXT,
@@ -121,7 +126,7 @@ def speed_up(axes: Axes, rows: pd.DataFrame) -> bool:
     axes.invert_yaxis()
     axes.figure.set_size_inches(8, 1.2 + 0.28 * len(rows))  # type: ignore[union-attr]
     axes.set(xlabel="times as fast as the other")
-    axes.set_title("Speed-up of vllm_bamba")
+    axes.set_title("Speed-up")
     return True
 
 
@@ -129,19 +134,23 @@ def _speed_up_label(row: pd.Series) -> str:
     work = [] if pd.isna(row.batch) else [f"batch {float(row.batch):g}"]
     if pd.notna(row.prompt_tokens):
         work.append(f"{row.prompt_tokens} tokens")
-    return f"{row['case']}, {', '.join(work)}, over {row.other}"
+    who = "" if row.variant == "vllm_bamba" else f"{row.variant}: "
+    return f"{who}{row['case']}, {', '.join(work)}, over {row.other}"
 
 
 def shared_prefix(axes: Axes, rows: pd.DataFrame) -> bool:
-    """Median TTFT against the length of the shared prefix, at the lowest load measured."""
-    rows = rows[(rows.benchmark == "bench_serving") & (rows.case == "prefix") & (rows.metric == "ttft_p50")]
-    if rows.empty:
-        return False
-    rate, concurrency = rows[["rate", "concurrency"]].astype(str).iloc[0]
-    rows = rows[(rows.rate.astype(str) == rate) & (rows.concurrency.astype(str) == concurrency)]
+    """Median TTFT against the length of the shared prefix: requests alone, and a server at the lowest load measured."""
+    alone = rows[(rows.benchmark == "bench_prefix") & (rows.case == "shared prefix") & (rows.metric == "ttft")]
+    served = rows[(rows.benchmark == "bench_serving") & (rows.case == "prefix") & (rows.metric == "ttft_p50")]
+    loads = [] if alone.empty else ["requests alone"]
+    if not served.empty:
+        load = served[["rate", "concurrency", "cache_mode"]].astype(str)
+        rate, concurrency, cache = load.iloc[0]
+        served = served[(load == load.iloc[0]).all(axis=1)]
+        loads.append(f"server at rate {rate}, concurrency {concurrency}, cache {cache}")
     axes.set(xlabel="shared prefix, tokens", ylabel="TTFT, median, ms")
-    axes.set_title(f"Time to first token, rate {rate}, concurrency {concurrency}, cache {rows.cache_mode.iloc[0]}")
-    return lines(axes, rows, "shared_prefix")
+    axes.set_title("\n".join(["Time to first token", *loads]))
+    return lines(axes, pd.concat([alone, served]), "shared_prefix")
 
 
 def prefill(axes: Axes, rows: pd.DataFrame) -> bool:

@@ -14,13 +14,16 @@ import torch
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_decode
 import bench_ops
+import bench_prefix
 import bench_serving
 import bench_transformers
 import rows
 import shapes
 import startup
 import timing
+import variants
 from parity import Engine, assert_same
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the benchmarks themselves")
@@ -36,7 +39,7 @@ def results(tmp_path_factory) -> pathlib.Path:
 def one_thread_limits(monkeypatch):
     """Measuring the device's limits is tried once, in its own test."""
     limits = timing.Limits(bytes_per_second=1e9, flops=1e9)
-    for module in (bench_ops, bench_transformers):
+    for module in (bench_decode, bench_ops, bench_transformers):
         monkeypatch.setattr(module, "measure_limits", lambda *_, **__: limits)
 
 
@@ -167,6 +170,84 @@ def test_offline_commands_write_rows(what, tmp_path):
     assert expected[what] <= values(found, "metric")
 
 
+@pytest.mark.multiprocess
+def test_decode_steps_of_whole_engines(results, capsys):
+    engines = ["--variants", "vllm_operators", "vllm_operators_slots", "--eager"]
+    bench_decode.main(["--shape", "tiny", *engines, "--batches", "1", "3", "--repeats", "3", *common(results)])
+    found = read(results, "bench_decode")
+    assert [row["batch"] for row in found] == ["1"] * 4 + ["3"] * 4, "each batch is written when it is done"
+    for row in found:
+        expected = {"vllm_operators_slots": "slots"}.get(row["variant"], "none")
+        assert row["cache_mode"] == expected
+        assert row["state_dtype"] == "float32"
+    steps = [row for row in found if row["metric"] == "decode_step"]
+    assert values(steps, "variant") == {"floor", "vllm_operators", "vllm_operators_slots"}
+    speed_ups = [row for row in found if row["metric"] == "speed_up_over_vllm_operators"]
+    assert values(speed_ups, "variant") == {"vllm_operators_slots"}
+    assert "batch 3: floor" in capsys.readouterr().out
+
+
+@pytest.mark.multiprocess
+def test_shared_prefixes_are_found_and_change_no_token(results, tiny):
+    engines = ["--variants", "vllm_operators", "vllm_operators_slots", "--eager"]
+    work = ["--shared", "40", "300", "--own", "20", "--repeats", "2", "--turns", "3", "--turn-generated", "20"]
+    bench_prefix.main(["--model", tiny, *engines, *work, *common(results)])
+    found = read(results, "bench_prefix")
+    assert values(found, "metric") == {"ttft", "cached_tokens"}
+    assert values(found, "verified") == {"same tokens from all variants in 2 of 2 requests"}
+    cached = {"none": [], "slots": []}
+    for row in found:
+        if row["metric"] == "cached_tokens":
+            cached[row["cache_mode"]].append((row["case"], row["shared_prefix"], float(row["value"])))
+    assert {value for *_, value in cached["none"]} == {0}
+    assert cached["slots"] == [
+        ("shared prefix", "40", 0),  # where prompts part there is a slot only if it saves 128 tokens
+        ("shared prefix", "300", 288),
+        ("chat turn 1", "0", 0),
+        ("chat turn 2", "80", 64),  # the last token of an answer is never computed
+        ("chat turn 3", "160", 144),
+    ]
+
+
+def test_tokens_of_variants_are_compared():
+    def measured(**tokens):
+        answers = {name: [variants.Answer(1.0, (1.0,), (0,), ([t],)) for t in given] for name, given in tokens.items()}
+        return bench_prefix.Measured(answers)
+
+    same, other = measured(a=[1, 2], b=[1, 2]), measured(a=[1, 2], b=[1, 3])
+    assert same.verified(random_weights=True, exact=False) == "same tokens from all variants in 2 of 2 requests"
+    assert other.verified(random_weights=True, exact=True) == "n/a: random weights"
+    assert other.verified(random_weights=False, exact=False) == "same tokens from all variants in 1 of 2 requests"
+    assert other.verified(random_weights=False, exact=True).startswith("RED: same tokens from all variants in 1 of 2")
+    assert measured(a=[1]).verified(random_weights=False, exact=True) == "n/a: nothing to compare with"
+
+
+@pytest.mark.parametrize(
+    ("variant", "block", "blocks"),
+    [
+        ("vllm_operators", 528, 11),
+        ("vllm_operators_align", 528, 11),  # no request is as long as a block
+        ("vllm_operators_slots", 528, 31),
+        ("fused", 608, 11),
+        ("fused_int8", 352, 11),
+    ],
+)
+def test_engines_are_given_the_cache_that_their_requests_need(variant, block, blocks):
+    """Bamba-9B in bf16: keys and values of a token are 12 KiB, states are 10 blocks."""
+    args = bench_decode.arguments(["--dtype", "bfloat16", "--batches", "128"])
+    options = bench_decode.options_of(args, variant, "folder")
+    assert options["kv_cache_memory_bytes"] == (128 * blocks + 8) * block * 12 * 1024
+    args = bench_decode.arguments(["--cache-gib", "1.5"])
+    assert bench_decode.options_of(args, variant, "folder")["kv_cache_memory_bytes"] == 1.5 * 2**30
+
+
+@pytest.mark.multiprocess
+def test_an_engine_that_does_not_start_ends_the_run(tmp_path):
+    broken = ["--variants", "vllm_operators", "--engine", '{"tensor_parallel_size": 3}']
+    with pytest.raises(SystemExit, match="vllm_operators: its engine has ended"):
+        bench_decode.main(["--shape", "tiny", *broken, *common(tmp_path)])
+
+
 def test_startup_stages_add_up():
     start = (
         "Model loading took 18.4 GiB memory and 20.500000 seconds\n"
@@ -193,7 +274,7 @@ def test_plots_are_drawn_from_the_rows_alone(results, monkeypatch):
     file = rows.results_file(results)
     assert file.is_file(), "run the whole file: the plots are drawn from the rows of the tests above"
     drawn = {png.stem.removeprefix(f"{file.stem}-") for png in plot.main([str(file)])}
-    assert {"throughput", "prefill", "speed_up"} <= drawn
+    assert {"throughput", "prefill", "speed_up", "ttft_shared_prefix"} <= drawn
     assert "startup" not in drawn
     for colour in {plot.TEXT, *plot.COLOURS.values(), *plot.STAGES.values()}:
         for page in ("#ffffff", "#0d1117"):
@@ -223,7 +304,10 @@ def test_rows_with_an_empty_or_unknown_column_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("main", "arguments", "message"),
     [
+        (bench_decode.main, ["--batches", "0"], "must be positive"),
         (bench_ops.main, ["--repeats", "0"], "--repeats must be positive"),
+        (bench_prefix.main, ["--model", "/nowhere"], "there is no config.json"),
+        (bench_prefix.main, ["--own", "0"], "must be positive"),
         (bench_transformers.main, ["--model", "/nowhere"], "there is no config.json"),
         (bench_transformers.main, ["--output", "1"], "--output must be at least 2"),
         (bench_serving.main, ["serve", "--rates", "-1"], "must be positive"),
@@ -255,3 +339,69 @@ def test_bytes_of_the_9b_shape():
     assert moved.weights == 2 * (9_780_235_392 - 128256 * 4096)
     assert moved.state == 29 * 2 * (8448 * 3 + 128 * 64 * 128)
     assert moved.kv_per_token == 3 * 2 * 8 * 128 * 2
+
+
+@pytest.fixture(scope="module")
+def readable(tiny, tmp_path_factory) -> list[str]:
+    """Options that make a walk of a few seconds: a random model of one Mamba layer, and text that it can read."""
+    import shutil
+
+    from parity import save_random
+
+    folder = tmp_path_factory.mktemp("readable")
+    one_layer = {"num_hidden_layers": 2, "attn_layer_indices": [1], "mamba_n_heads": 2, "mamba_d_head": 64}
+    model = save_random(folder / "model", vocab_size=1024, **one_layer)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(pathlib.Path(tiny) / name, model)
+    (folder / "text").write_text("A slot holds a checkpoint of the state and a ring of the tokens since.")
+    return ["--model", model, "--text", str(folder / "text"), "--tokens", "20", "--texts", "1", "--generated", "4"]
+
+
+def test_accuracy_judges_every_precision_of_the_state(readable, tmp_path, capsys):
+    import bench_accuracy
+
+    bench_accuracy.main([*readable, *common(tmp_path)])
+    found = read(tmp_path, "bench_accuracy")
+    states = ("float32", "bfloat16", "float16", "int8")
+    kept = {("float32", state, f"replay_{replay}") for state in states for replay in (0, 16)}
+    kept.add(("bfloat16", "float32", "replay_0"))
+    metrics = {"perplexity", "kl_mean", "kl_p99", "kl_worst"}
+    of = {(row["dtype"], row["state_dtype"], row["variant"], row["metric"]): row for row in found}
+    assert set(of) == {(*how, metric) for how in kept for metric in metrics}
+    assert len(found) == len(of)
+    for (dtype, state, variant, _), row in of.items():
+        verdict, walk = row["verified"].split("; ")
+        if (state, variant) == ("float32", "replay_0"):
+            assert verdict == ("reference" if dtype == "float32" else "yardstick")
+        else:
+            assert verdict in ("pass", "fail")
+        assert float(walk.removeprefix("fp32 walks within ").removesuffix(" of Transformers")) <= 1e-4
+    kl = {how[1:3]: float(row["value"]) for how, row in of.items() if how[0] == "float32" and how[3] == "kl_mean"}
+    assert kl["float32", "replay_0"] == 0
+    assert kl["float32", "replay_16"] < 1e-10 < kl["bfloat16", "replay_16"] < kl["bfloat16", "replay_0"]
+    assert of["float32", "float32", "replay_16", "kl_mean"]["verified"].startswith("pass")
+    assert "reference" in capsys.readouterr().out
+
+
+def test_accuracy_reports_nothing_where_the_walk_is_not_the_model(readable, tmp_path, monkeypatch):
+    import bench_accuracy
+
+    def wrong(projected, weights, *rest):
+        mixer_step(projected, weights._replace(D=weights.D + 0.01), *rest)
+
+    mixer_step = bench_accuracy.mixer_step
+    monkeypatch.setattr(bench_accuracy, "mixer_step", wrong)
+    monkeypatch.setattr(bench_accuracy, "CHECKED", 3)
+    with pytest.raises(SystemExit, match="the walk is not Transformers' forward pass"):
+        bench_accuracy.main([*readable, *common(tmp_path)])
+    assert not rows.results_file(tmp_path).exists()
+
+
+def test_accuracy_says_what_text_it_lacks(readable, tmp_path, monkeypatch):
+    import bench_accuracy
+
+    with pytest.raises(SystemExit, match="tokens of text are too few for 1 texts of 4096: pass a longer --text"):
+        bench_accuracy.main([*readable, "--tokens", "4096", *common(tmp_path)])
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(SystemExit, match="this Python comes without its documentation"):
+        bench_accuracy.main(["--tokens", "20", *common(tmp_path)])

@@ -1,0 +1,141 @@
+"""A decode step of whole engines, by batch: our own step against the same model on vLLM's operators, and the limit.
+
+    python benchmarks/bench_decode.py --shape 9b
+    python benchmarks/bench_decode.py --shape 9b --variants fused fused_slots --batches 128
+    python benchmarks/bench_decode.py --shape 9b --variants vllm_operators fused --batches 128 --profile /tmp/profile
+
+Every variant is an engine in a process of its own, and all of them are ready before the first is timed: they take turns
+batch by batch on the same GPU. A step is the time that a longer answer takes more than a shorter one, over the tokens
+that it has more; prompts and everything that happens once a request cancel out. No prompt is sent twice to an engine,
+so that what prefix caching costs is seen where it finds nothing. Weights are random.
+"""
+
+import argparse
+import itertools
+import pathlib
+import random
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from rows import Results, add_arguments, dtype_name, dtype_of, progress
+from shapes import SHAPES, bamba_config, bytes_moved, random_prompts, write_model
+from timing import Samples, measure_limits
+from variants import Variant, add_engine_arguments, engine_options, profiler_options, running
+
+PROMPT = 32  # tokens
+SHORT = 16  # tokens of the shorter answer: no fewer than steps in which the prompts of the largest batch are computed
+STEP_TOKENS = 2048  # the most of a step: activations stay small
+CACHED = {"vllm_operators_align": "vllm_operators", "vllm_operators_slots": "vllm_operators", "fused_slots": "fused"}
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=[*SHAPES], default="9b")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64, 128])
+    parser.add_argument("--steps", type=int, default=64, help="tokens by which the longer answer is longer")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", type=pathlib.Path, help="folder: write what each kernel takes in a step, by batch")
+    add_engine_arguments(parser, variants=["vllm_operators", "fused"])
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    if min(*args.batches, args.steps, args.repeats) < 1:
+        parser.error("--batches, --steps and --repeats must be positive")
+    return args
+
+
+def options_of(args: argparse.Namespace, name: str, model: str) -> dict[str, Any]:
+    """`vllm.LLM`'s arguments for one variant: as a user would have them, but for graphs of these batches only."""
+    widest = max(args.batches)
+    more: dict[str, Any] = {"max_num_batched_tokens": max(STEP_TOKENS, widest)}
+    if not args.eager:
+        more["compilation_config"] = {"cudagraph_capture_sizes": sorted(args.batches)}
+    if args.profile:
+        more |= profiler_options(args.profile / name)
+    return engine_options(args, name, model, bamba_config(args.shape), widest, PROMPT + SHORT + args.steps, **more)
+
+
+def measure(
+    args: argparse.Namespace, variants: list[Variant], batch: int, prompts: Iterator[list[list[int]]]
+) -> dict[str, Samples]:
+    """Milliseconds of a step, by variant; `prompts` are new ones each time."""
+    order, steps = random.Random(args.seed), {variant.name: list[float]() for variant in variants}
+    warm_up = next(prompts)
+    for variant in variants:  # the first run of a batch may compile what the start did not
+        variant.generate(warm_up, SHORT)
+    for repeat in range(args.repeats):
+        progress(f"batch {batch}: round {repeat + 1} of {args.repeats}")
+        for_short, for_long = next(prompts), next(prompts)
+        for variant in order.sample(variants, len(variants)):
+            short = variant.generate(for_short, SHORT).seconds
+            long = variant.generate(for_long, SHORT + args.steps).seconds
+            steps[variant.name].append((long - short) / args.steps * 1e3)
+    return {name: Samples(tuple(values)) for name, values in steps.items()}
+
+
+def report(results: Results, variants: list[Variant], batch: int, steps: dict[str, Samples]) -> None:
+    """Write and print what was measured of one batch: steps, and how they compare."""
+    for variant in variants:
+        sample = steps[variant.name]
+        columns = variant.columns | {"batch": batch, "verified": "n/a: random weights"}
+        results.add_samples(sample, metric="decode_step", unit="ms", **columns)
+        print(f"  {variant.name} {sample.median:.2f} ({sample.low:.2f} to {sample.high:.2f})", end="")
+        for other in dict.fromkeys(("vllm_operators", CACHED.get(variant.name, "vllm_operators"))):
+            if other == variant.name or other not in steps:
+                continue
+            base = steps[other]
+            if min(base.low, sample.low) <= 0:
+                print(f" (too noisy to be compared with {other})", end="")
+                continue
+            ratio = base.median / sample.median
+            low, high = base.low / sample.high, base.high / sample.low
+            results.add(
+                metric=f"speed_up_over_{other}", unit="ratio", value=ratio, low=low, high=high, repeats=sample.count,
+                **columns,
+            )  # fmt: skip
+            print(f" {ratio:.3f}x {other}", end="")
+    print(flush=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    args = arguments(argv)
+    dtype, config = dtype_of(args.dtype), bamba_config(args.shape)
+    results = Results.of(
+        "bench_decode",
+        args,
+        list(argv),
+        model=f"bamba-{args.shape}",
+        weights="random",
+        case="decode step",
+        dtype=dtype_name(dtype),
+        prompt_tokens=PROMPT,
+        output_tokens=SHORT + args.steps,
+    )
+    progress("measuring what this device reaches")
+    limits = measure_limits(dtype, seed=args.seed)
+    torch.cuda.empty_cache()
+    moved, seeds = bytes_moved(config, dtype, dtype), itertools.count(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(pathlib.Path(folder), "bamba", args.shape)
+        with running({name: options_of(args, name, folder) for name in args.variants}) as variants:
+            for batch in args.batches:
+                prompts = (random_prompts([PROMPT] * batch, config.vocab_size, seed) for seed in seeds)
+                steps = measure(args, variants, batch, prompts)
+                floor = limits.floor_ms(moved.decode_step(batch, PROMPT + args.steps // 2))
+                results.add(
+                    variant="floor", batch=batch, metric="decode_step", unit="ms", value=floor, repeats=1,
+                    verified="n/a", state_dtype=dtype_name(dtype), cache_mode="none",
+                    details=f"{limits.bytes_per_second / 1e9:.0f} GB/s, measured in this run; state read and written "
+                    "every step",
+                )  # fmt: skip
+                print(f"batch {batch}: floor {floor:.2f} ms", end="")
+                report(results, variants, batch, steps)
+                for variant in variants if args.profile else ():
+                    variant.generate(next(prompts), SHORT, profile=True)
+    progress(f"rows are in {results.file}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

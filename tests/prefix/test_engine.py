@@ -1,13 +1,11 @@
 """The CPU engine in fp32 with vLLM's default flags: what it answers from the cache is what it answers without."""
 
 import logging
-import random
-from dataclasses import dataclass, field
 
 import pytest
 import torch
 from parity import LIMIT, Answer, Engine, Reference, _answer, random_prompts, save_random
-from vllm import SamplingParams
+from traffic import Traffic, parameters, traffic
 
 from vllm_bamba.prefix.managers import BambaStateSpec
 from vllm_bamba.prefix.slots import Slots
@@ -43,14 +41,6 @@ def ask(engine: Engine, prompt: list[int], tokens: int = 8, shared: int = 0) -> 
     """One request alone: its answer, and the tokens that vLLM says it found in the cache."""
     answers = run(engine, [(prompt, tokens, shared)])
     return answers[0]
-
-
-def parameters(tokens: int, shared: int, of_prompt: bool = False) -> SamplingParams:
-    return SamplingParams(
-        temperature=0.0, max_tokens=tokens, logprobs=0, ignore_eos=True, detokenize=False,
-        prompt_logprobs=0 if of_prompt else None,
-        extra_args={"bamba_shared_tokens": shared} if shared else None,
-    )  # fmt: skip
 
 
 def run(engine: Engine, requests: list[tuple[list[int], int, int]]) -> list[tuple[Answer, int]]:
@@ -157,60 +147,6 @@ def test_each_kind_of_sharing_hits_what_the_rule_says_and_is_right(tiny: str) ->
     assert [hit for _, hit in seen] == hits
     assert counted == {"queries": sum(len(answer.prompt) for answer, _ in seen), "hits": sum(hits)}
     assert worst(Reference(tiny), [answer for answer, _ in seen]) <= LIMIT
-
-
-@dataclass
-class Traffic:
-    """What became of random requests, but for those that were aborted."""
-
-    answers: list[Answer] = field(default_factory=list)
-    hits: int = 0  # requests that found something in the cache
-    of_prompts: int = 0  # requests that asked for their prompt's logprobs
-    preempted: int = 0
-
-
-def traffic(engine: Engine, seed: int, requests: int) -> Traffic:
-    """Random requests, added while others run: shared heads, branches, the same again, chats, aborts."""
-    rng = random.Random(seed)
-    inner, seen = engine.llm.llm_engine, Traffic()
-    preempt = engine.scheduler._preempt_request
-    heads = random_prompts([40, 90, 170], seed=seed)
-    past: list[list[int]] = []
-    aborted: set[str] = set()
-
-    def counted(*args: object, **kwargs: object) -> None:
-        seen.preempted += 1
-        preempt(*args, **kwargs)
-
-    def step() -> None:
-        for output in inner.step():
-            if output.finished and output.request_id not in aborted and output.outputs[0].finish_reason == "length":
-                answer = _answer(output)
-                seen.answers.append(answer)
-                past.append((answer.prompt + answer.generated)[:300])
-                seen.hits += output.num_cached_tokens > 0
-                seen.of_prompts += output.prompt_logprobs is not None
-
-    engine.scheduler._preempt_request = counted
-    for index in range(requests):
-        own = random_prompts([rng.randrange(1, 60)], seed=1000 * seed + index)[0]
-        kind = rng.randrange(4) if past else 1
-        prompt = own if kind == 0 else rng.choice(heads) + own
-        if kind > 1:
-            earlier = rng.choice(past)
-            prompt = earlier if kind == 2 else earlier[: rng.randrange(1, len(earlier) + 1)] + own
-        limits = parameters(rng.randrange(1, 100), rng.choice([0, 0, 40]), of_prompt=rng.random() < 0.2)
-        inner.add_request(f"{index}", {"prompt_token_ids": prompt}, limits)
-        if index % 3 == 0:
-            past.append(prompt)
-        for _ in range(rng.choice([0, 0, 2, 12])):
-            step()
-        if rng.random() < 0.07:
-            aborted.add(f"{index}")
-            inner.abort_request([f"{index}"])
-    while inner.has_unfinished_requests():
-        step()
-    return seen
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,35 @@
 
 import pytest
 import torch
-from parity import Engine, Reference, assert_same, check_low_precision, random_prompts, save_random
+from parity import (
+    Engine,
+    Reference,
+    _answer,
+    assert_same,
+    check_low_precision,
+    greedy,
+    random_prompts,
+    save_random,
+)
+from traffic import traffic
 
 pytestmark = pytest.mark.gpu
 
 # head sizes that FlashAttention has kernels for; otherwise as small as on the CPU
 WIDE = {"hidden_size": 128, "mamba_d_head": 64, "mamba_d_state": 32, "num_key_value_heads": 2}
-DEFAULTS = {"dtype": "bfloat16", "enforce_eager": False, "gpu_memory_utilization": 0.3}
+DEFAULTS = {
+    "dtype": "bfloat16",
+    "enforce_eager": False,
+    "gpu_memory_utilization": 0.05,
+    "kv_cache_memory_bytes": 1 << 30,
+}
 LENGTHS = [1, 2, 4, 15, 16, 17, 100, 300]
+STEPS = {  # the decode step
+    "vllm_step": {"bamba_fused_step": False},
+    "fused_step": {"bamba_fused_step": True},
+    "fused_step_int8": {"bamba_fused_step": True, "bamba_state_dtype": "int8"},
+}
+each_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
 
 CONFIGURATIONS = {
     "plain": {},
@@ -28,23 +49,37 @@ def references(path: str) -> tuple[Reference, Reference]:
 
 
 @pytest.mark.parametrize("changes", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
-def test_small_configurations_equal_transformers(changes, tmp_path):
+@pytest.mark.parametrize("step", [STEPS["vllm_step"], STEPS["fused_step"]], ids=["vllm_step", "fused_step"])
+def test_small_configurations_equal_transformers(step, changes, tmp_path):
     path = save_random(tmp_path, **(WIDE | changes))
-    with Engine(path, **DEFAULTS) as engine:
+    with Engine(path, **DEFAULTS, additional_config=step) as engine:
         answers = engine.answers(random_prompts(LENGTHS), 16)
     check_low_precision(answers, *references(path))
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["compiled_with_cuda_graphs", "eager"])
-def test_embedded_checkpoint_equals_transformers(eager, tiny):
+@each_step
+def test_embedded_checkpoint_equals_transformers(step, eager, tiny):
     prompts = random_prompts([1, 3, 64, 200, 700], vocabulary=1024)
-    with Engine(tiny, **DEFAULTS | {"enforce_eager": eager, "max_model_len": 1024}) as engine:
+    options = DEFAULTS | {"enforce_eager": eager, "max_model_len": 1024, "additional_config": step}
+    with Engine(tiny, **options) as engine:
+        assert engine.llm.llm_engine.vllm_config.use_v2_model_runner
         answers = engine.answers(prompts, 64)
     check_low_precision(answers, *references(tiny))
 
 
-def test_chunked_prefill_equals_transformers(tiny):
-    with Engine(tiny, **DEFAULTS, max_num_batched_tokens=48, max_num_seqs=4) as engine:
+@each_step
+def test_model_runner_v1_equals_transformers(step, tiny, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with Engine(tiny, **DEFAULTS, additional_config=step) as engine:
+        assert not engine.llm.llm_engine.vllm_config.use_v2_model_runner
+        answers = engine.answers(random_prompts([1, 50, 300], vocabulary=1024), 40)
+    check_low_precision(answers, *references(tiny))
+
+
+@each_step
+def test_chunked_prefill_equals_transformers(step, tiny):
+    with Engine(tiny, **DEFAULTS, max_num_batched_tokens=48, max_num_seqs=4, additional_config=step) as engine:
         answers = engine.answers(random_prompts([1, 50, 130, 300], vocabulary=1024), 16)
     check_low_precision(answers, *references(tiny))
 
@@ -63,16 +98,65 @@ def test_adapter_equals_merged_model_and_leaves_other_requests_alone(tmp_path):
     check_low_precision(answers[1::2], *references(str(tmp_path / "merged")))
 
 
+@each_step
+def test_more_sequences_than_are_written_every_step_equal_transformers(step, tiny):
+    """Twenty rows are replayed on a ring and drain to one, whose state is written every step."""
+    prompts = random_prompts([7 + 3 * i for i in range(20)], vocabulary=1024, seed=5)
+    with Engine(tiny, **DEFAULTS, max_num_seqs=32, additional_config=step) as engine:
+        answers = engine.answers(prompts, [20 + 4 * i for i in range(20)], prompt_logprobs=False)
+    check_low_precision(answers, *references(tiny))
+
+
+@each_step
+def test_what_is_found_in_the_prefix_cache_equals_transformers(step, tiny):
+    first, second, third = random_prompts([300, 45, 100], vocabulary=1024)
+    with Engine(tiny, **DEFAULTS, max_model_len=1024, additional_config=step | {"bamba_prefix_slots": True}) as engine:
+
+        def ask(prompt):
+            outputs = engine.llm.generate([{"prompt_token_ids": prompt}], greedy(21, False), use_tqdm=False)
+            return _answer(outputs[0]), outputs[0].num_cached_tokens
+
+        seen = [ask(first), ask(first)]
+        seen.append(ask(seen[0][0].prompt + seen[0][0].generated + second))
+        seen += [ask(first[:250] + second), ask(first[:250] + third)]
+    assert [cached for _, cached in seen] == [0, 288, 320, 0, 240]
+    check_low_precision([answer for answer, _ in seen], *references(tiny))
+
+
+def check_random_traffic(step, tiny, **options):
+    """Shared heads, branches, resends, chats, aborts and preemption: answers from the cache are as good as any."""
+    step = step | {"bamba_prefix_slots": True}
+    # room for about five states and their texts, so that requests are preempted
+    options = DEFAULTS | options | {"num_gpu_blocks_override": 40, "max_num_batched_tokens": 96}
+    with Engine(tiny, **options, additional_config=step) as engine:
+        seen = traffic(engine, seed=3, requests=60)
+    assert len(seen.answers) >= 48
+    assert seen.hits >= 15
+    check_low_precision(seen.answers, *references(tiny))
+
+
+@each_step
+def test_random_traffic_with_prefix_slots_equals_transformers(step, tiny):
+    check_random_traffic(step, tiny)
+
+
 @pytest.mark.gpu2
+@each_step
 @pytest.mark.parametrize("split", ["tensor_parallel_size", "pipeline_parallel_size"])
-def test_two_gpus_equal_transformers(split, tiny):
-    with Engine(tiny, **DEFAULTS, **{split: 2}) as engine:
+def test_two_gpus_equal_transformers(split, step, tiny):
+    with Engine(tiny, **DEFAULTS, **{split: 2}, additional_config=step) as engine:
         answers = engine.answers(random_prompts([1, 50, 300], vocabulary=1024), 16)
     check_low_precision(answers, *references(tiny))
 
 
-def test_repeated_run_gives_the_same_tokens(tiny):
+@pytest.mark.gpu2
+def test_random_traffic_on_two_gpus_equals_transformers(tiny):
+    check_random_traffic(STEPS["fused_step"], tiny, tensor_parallel_size=2)
+
+
+@each_step
+def test_repeated_run_gives_the_same_tokens(step, tiny):
     prompts = random_prompts([5, 80, 300], vocabulary=1024)
-    with Engine(tiny, **DEFAULTS, enable_prefix_caching=False) as engine:
+    with Engine(tiny, **DEFAULTS, enable_prefix_caching=False, additional_config=step) as engine:
         first, second = engine.answers(prompts, 32), engine.answers(prompts, 32)
     assert_same(first, second, limit=0.0)

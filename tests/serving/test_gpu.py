@@ -123,21 +123,23 @@ def test_what_is_found_in_the_prefix_cache_equals_transformers(step, tiny):
     check_low_precision([answer for answer, _ in seen], *references(tiny))
 
 
-def check_random_traffic(step, tiny, **options):
-    """Shared heads, branches, resends, chats, aborts and preemption: answers from the cache are as good as any."""
-    step = step | {"bamba_prefix_slots": True}
-    # room for about five states and their texts, so that requests are preempted
-    options = DEFAULTS | options | {"num_gpu_blocks_override": 40, "max_num_batched_tokens": 96}
-    with Engine(tiny, **options, additional_config=step) as engine:
+def check_random_traffic(step, path, blocks=110, **options):
+    """Shared heads, branches, resends, chats and aborts: answers from the cache are as good as any."""
+    options = DEFAULTS | options | {"num_gpu_blocks_override": blocks, "max_num_batched_tokens": 96}
+    with Engine(path, **options, additional_config=step | {"bamba_prefix_slots": True}) as engine:
         seen = traffic(engine, seed=3, requests=60)
     assert len(seen.answers) >= 48
-    assert seen.hits >= 15
-    check_low_precision(seen.answers, *references(tiny))
+    check_low_precision(seen.answers, *references(path))
+    return seen
 
 
 @each_step
 def test_random_traffic_with_prefix_slots_equals_transformers(step, tiny):
-    check_random_traffic(step, tiny)
+    assert check_random_traffic(step, tiny).hits >= 15
+
+
+def test_random_traffic_that_is_preempted_equals_transformers(tiny):
+    assert check_random_traffic(STEPS["fused_step"], tiny, blocks=40).preempted
 
 
 @pytest.mark.gpu2

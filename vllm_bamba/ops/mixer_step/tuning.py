@@ -43,8 +43,8 @@ class Tuning:
 
 DEFAULT = Tuning(
     (
-        (8, Launch(heads=1, written=64, num_warps=4, replays=False)),
-        (1 << 30, Launch(heads=2, written=16, num_warps=4, replays=True)),
+        (8, Launch(heads=1, written=16, num_warps=4, replays=False)),
+        (1 << 30, Launch(heads=1, written=16, num_warps=4, replays=True, split=True)),
     )
 )
 

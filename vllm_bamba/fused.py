@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from vllm_bamba.config import BambaShape
     from vllm_bamba.mixer import BambaMixer
+    from vllm_bamba.ops.mixer_step import StepWeights
 
 REPLAYS = (0, 8, 16, 32)
 
@@ -117,6 +118,8 @@ class FusedMixing:
         divides_later: whether outputs are gated and weighted, and `sums` more columns say by what to divide them.
     """
 
+    _made: ClassVar[set[tuple[object, ...]]] = set()
+
     def __init__(self, mixer: BambaMixer, form: SlotFormat, quantised: bool):
         from vllm_bamba.ops.mixer_step import StepWeights, sum_columns  # need Triton
 
@@ -136,9 +139,43 @@ class FusedMixing:
     def decode(self, projected: torch.Tensor, plan: DecodePlan, output: torch.Tensor) -> None:
         from vllm_bamba.ops.mixer_step import mixer_step
 
-        weights = self._weights._replace(taps=self._weights.taps.t())
         slots = self.form.bind(self.mixer.kv_cache)
-        mixer_step(projected, weights, self.mixer.shape.time_step_limit, slots, plan, output)
+        mixer_step(projected, self.weights, self.mixer.shape.time_step_limit, slots, plan, output)
+
+    @property
+    def weights(self) -> StepWeights:
+        return self._weights._replace(taps=self._weights.taps.t())
+
+    def warm_up(self, projected: torch.Tensor) -> None:
+        """Have all kernels made before the first request, for every number of rows; `projected` [tokens, in_proj rows].
+
+        They run on two slots made for it; one layer does it for all that are alike.
+        """
+        from vllm_bamba.ops.mixer_step import mixer_step
+        from vllm_bamba.ops.mixer_step.tuning import tuning_for
+        from vllm_bamba.ops.slot_state import read_states, write_states
+
+        mixer, shard, device = self.mixer, self.form.shard, projected.device
+        kernels = (self.form, self.divides_later, projected.dtype)
+        if kernels in self._made:
+            return
+        self._made.add(kernels)
+        layout = zip(self.form.shapes(), self.form.dtypes(), strict=True)
+        slots = self.form.bind(tuple(torch.zeros(2, *shape, dtype=dtype, device=device) for shape, dtype in layout))
+        chunk = PrefillPlan.of_one_chunk(mixer.shape.chunk_size, True, device)
+        write_states(slots, chunk, read_states(slots, mixer.A, chunk))
+
+        row = projected.new_zeros(1, projected.shape[1])
+        output = row.new_empty(1, shard.local_intermediate + self.sums)
+        if self.divides_later:
+            y, gate = row[:, : shard.local_intermediate].clone(), row[:, : shard.local_intermediate]
+            gate_for_later(y, gate, mixer.norm.weight, output)
+        one = torch.ones(1, 1, dtype=torch.int32, device=device)
+        plan = DecodePlan(1, one, one[0], query_start_loc=None, accepted=None)
+        tuning = tuning_for(device, self.form.state_dtype == torch.int8)
+        for rows, _ in tuning.launches:
+            launch = tuning.launch_for(rows, shard.local_heads // shard.local_groups, shard.head_dim)
+            mixer_step(row, self.weights, mixer.shape.time_step_limit, slots, plan, output, launch)
 
     def prefill(self, projected: torch.Tensor, plan: PrefillPlan, output: torch.Tensor) -> None:
         from vllm_bamba.ops.slot_state import read_inputs, read_states, write_inputs, write_states

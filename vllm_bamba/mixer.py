@@ -237,6 +237,8 @@ class BambaMixer(nn.Module, MambaBase):
         state_dtype = torch.float32 if self.fused is not None else self.get_state_dtype()[1]
         x, B = (shard.local_heads, shard.head_dim), (shard.local_groups, shard.state)
         warm_up(x, B, self.shape.chunk_size, projected.dtype, state_dtype, projected.device)
+        if self.fused is not None:
+            self.fused.warm_up(projected)
 
     # what vLLM's state manager asks
 

@@ -119,8 +119,8 @@ class Mixer(torch.nn.Module):
         for state_dtype, replay in precisions:
             form = SlotFormat(mixer_shard(shape, 1), shape.conv_width, taps.dtype, state_dtype, replay)
             self.slots.append(empty_slots(form, plan))
-            tuning = tuning_for(taps.device, state_dtype == torch.int8)
-            launch = tuning.launch_for(plan.num_tokens, heads_a_group, shape.mamba_head_dim)
+            tuning = tuning_for(taps.device, state_dtype)
+            launch = tuning.launch_for(plan.num_tokens, heads_a_group)
             self.launches.append(replace(launch, replays=True))  # small batches would leave the ring alone
 
     def forward(self, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:

@@ -237,7 +237,7 @@ def fused_step(p: Problem, int8: bool = False, launches: "Mapping[str, Launch] |
     slots.ring_dt.abs_().mul_(0.05)
     slots.ring_dt[used, :, (plan.lengths - 1).long() % replay] = 0  # as a step finds it
     launches = launches or {
-        OURS: tuning_for(torch.device(p.device), int8).launch_for(p.tokens, heads // groups, head_dim)
+        OURS: tuning_for(torch.device(p.device), form.state_dtype).launch_for(p.tokens, heads // groups)
     }
     if not any(launch.replays for launch in launches.values()):
         slots.ring_dt.zero_()

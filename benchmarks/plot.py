@@ -164,6 +164,29 @@ def prefill(axes: Axes, rows: pd.DataFrame) -> bool:
     return lines(axes, rows, "prompt_tokens")
 
 
+def decode_operator(axes: Axes, rows: pd.DataFrame) -> bool:
+    """The operators between a mixer's projections against batch: vLLM's, and of ours the fastest launch."""
+    rows = numbers(rows[(rows.benchmark == "tune_mixer_step") & (rows.metric == "time")], "batch")
+    if rows.empty:
+        return False
+    theirs = rows[rows.variant == "vllm"].drop_duplicates("batch")
+    ours = rows[rows.variant != "vllm"].sort_values("value").drop_duplicates(["batch", "state_dtype"])
+    floors = ours.assign(value=ours.details.str.extract(r"floor ([\d.]+) ms", expand=False).astype(float))
+    axes.plot(theirs.batch, theirs.value, "o-", color=COLOURS["vllm"], label="vLLM, 16-bit states")
+    for of, name, style in ((ours, "fused", "-"), (floors, "floor of its bytes", "--")):
+        for state, points in of.sort_values("batch").groupby("state_dtype", sort=False):
+            bits = {"int8": "8-bit", "float32": "32-bit"}.get(str(state), "16-bit")
+            colour = "#2f81f7" if bits == "8-bit" else COLOURS["fused"]
+            axes.plot(points.batch, points.value, f"o{style}", color=colour, label=f"{name}, {bits} states")
+    ticks = sorted(rows.batch.unique())
+    axes.set(xlabel="batch", ylabel="ms a layer", yscale="log", xscale="log")
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.set_title("Decode: convolution and state update of one layer")
+    axes.legend()
+    return True
+
+
 def startup(axes: Axes, rows: pd.DataFrame) -> bool:
     """Stages of a start, stacked, for each model cold and warm."""
     rows = rows[rows.metric.str.startswith("startup_")]
@@ -188,6 +211,7 @@ PLOTS: dict[str, Callable[[Axes, pd.DataFrame], bool]] = {
     "speed_up": speed_up,
     "ttft_shared_prefix": shared_prefix,
     "prefill": prefill,
+    "decode_operator": decode_operator,
     "startup": startup,
 }
 

@@ -79,6 +79,17 @@ def _commit() -> str:
         raise SystemExit("the checkout has no git history to name its commit: pass --commit") from None
 
 
+def _what_matters(argv: list[str]) -> list[str]:
+    """Arguments without those that only say where rows go and from which commit."""
+    kept, rest = [], iter(argv)
+    for argument in rest:
+        if argument in ("--results", "--commit"):
+            next(rest)
+        elif not argument.startswith(("--results=", "--commit=")):
+            kept.append(argument)
+    return kept
+
+
 @dataclass
 class Results:
     """Appends rows to the device's CSV file as they are measured, so that a broken run keeps what it had.
@@ -106,7 +117,7 @@ class Results:
                 "transformers": metadata.version("transformers"),
                 "vllm_bamba": vllm_bamba.__version__,
                 "commit": args.commit or _commit(),
-                "command": shlex.join(["python", f"benchmarks/{benchmark}.py", *argv]),
+                "command": shlex.join(["python", f"benchmarks/{benchmark}.py", *_what_matters(argv)]),
                 "run": f"{now:%Y%m%dT%H%M%S}-{os.getpid()}",
             }
             | common,

@@ -24,11 +24,10 @@ from timing import Samples, interleaved, measure_limits
 from vllm_bamba.ops.mixer_step.tuning import Launch
 
 CANDIDATES = [
-    *(Launch(heads, 16, warps, replays=False) for heads, warps in ((1, 4), (1, 8), (2, 8))),
-    *(Launch(1, 16, warps, True, registers) for warps in (2, 4) for registers in (None, 128)),
-    *(Launch(heads, 16, warps, True, None, True) for heads, warps in itertools.product((1, 2, 4, 8), (2, 4))),
-    *(Launch(heads, 16, 2, True, 128, True) for heads in (1, 2)),
-    *(Launch(heads, 16, 4, True, 128, True) for heads in (4, 8)),
+    *(Launch(heads, warps, replays=False) for heads, warps in ((1, 4), (1, 8), (2, 8))),
+    *(Launch(heads, warps, replays=True) for heads, warps in itertools.product((1, 2, 4, 8), (2, 4))),
+    *(Launch(heads, 2, True, max_registers=128) for heads in (1, 2)),
+    *(Launch(heads, 4, True, max_registers=128) for heads in (4, 8)),
 ]
 WORTH = 1.02  # another launch than for the batch before must be faster by this
 

@@ -16,6 +16,8 @@ import torch
 from triton_interpreter import use_interpreter_without_a_gpu
 
 use_interpreter_without_a_gpu()
+if torch.cuda.is_available():  # which has woken CUDA up: a forked worker could not use it
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 TINY = pathlib.Path(__file__).parent.parent / "examples" / "bamba-tiny"
 

@@ -13,7 +13,7 @@ SMALL = {"num_hidden_layers": 3, "attn_layer_indices": [1]}
 @pytest.fixture
 def both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rows and more are replayed, fewer written every step: a batch that drains does both."""
-    ways = (tuning.Launch(heads=2, written=16, num_warps=4, replays=replays) for replays in (False, True))
+    ways = (tuning.Launch(heads=2, num_warps=4, replays=replays) for replays in (False, True))
     monkeypatch.setattr(tuning, "DEFAULT", tuning.Tuning(tuple(zip((2, 1000), ways, strict=True))))
 
 
@@ -99,6 +99,12 @@ def test_two_ranks_equal_transformers(tmp_path, monkeypatch):
 def test_options_that_make_no_sense_are_refused(options, message, tmp_path):
     path = save_random(tmp_path, **SMALL)
     with pytest.raises(ValueError, match=message), Engine(path, additional_config=options):
+        pass
+
+
+def test_heads_that_tensor_cores_do_not_take_are_refused(tmp_path):
+    path = save_random(tmp_path, **SMALL, mamba_n_heads=16, mamba_d_head=8)
+    with pytest.raises(ValueError, match="mamba_d_head = 8 is no power of two"), Engine(path, additional_config=FUSED):
         pass
 
 

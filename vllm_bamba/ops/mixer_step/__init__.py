@@ -63,7 +63,7 @@ def mixer_step(
     heads, head_dim, groups, state = (constants[k] for k in ("HEADS", "HEAD_DIM", "GROUPS", "STATE"))
     rows, width = len(projected), slots.conv.shape[1]
     if launch is None:
-        launch = tuning_for(projected.device, slots.scale is not None).launch_for(rows, heads // groups, head_dim)
+        launch = tuning_for(projected.device, slots.ssm.dtype).launch_for(rows, heads // groups)
     inner, channels = heads * head_dim, slots.conv.shape[2]
     columns = inner + (0 if weights.norm is None else sum_columns(heads))
     if (
@@ -98,15 +98,13 @@ def mixer_step(
         **constants,
         WIDTH=width,
         HEADS_PER_PROGRAM=launch.heads,
-        WRITTEN=launch.written,
-        SPLIT=launch.split,
         BIAS=weights.conv_bias is not None,
         GATED=weights.norm is not None,
         PLAIN=not (replay and launch.replays),
         num_warps=launch.num_warps,
         maxnreg=launch.max_registers,
     )
-    if replay and launch.replays and launch.split:
+    if replay and launch.replays:
         tensors = (slots.ssm, slots.scale, slots.ring_x, slots.ring_b, slots.ring_dt)
         fold_kernel[-(-heads // replay), rows](
             weights.A, plan.slots, plan.lengths, *tensors, plan.slots.stride(0), *slot_strides(tensors), **constants

@@ -1,11 +1,13 @@
-"""One decode step of a whole mixer in one Triton kernel; symbols and equations in ../README.md.
+"""One decode step of a whole mixer, in one or two Triton kernels; symbols and equations in ../README.md.
 
-A program serves some heads of one row, one after the other. It convolves their channels of x, and B and C, which it
-shares with the other programs of the row, without waiting for anybody: inputs of the convolution stand in a ring of
-`WIDTH` entries indexed by the token's position, of which a step reads all but the one that it writes.
+`step_kernel` does the step. A program serves some heads of one row, one after the other. It convolves their channels
+of x, and B and C, which it shares with the other programs of the row, without waiting for anybody: inputs of the
+convolution stand in a ring of `WIDTH` entries indexed by the token's position, of which a step reads all but the one
+that it writes.
 
 A head's state is asked for before anything that it is combined with is computed, and stays as it is stored until it is
 used: registers decide how many programs an SM runs at once, and that how close it comes to the memory's speed.
+`fold_kernel` comes behind it where states are replayed: the little that it does would cost the step its registers.
 """
 
 import triton
@@ -162,8 +164,8 @@ def step_kernel(
     conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
     dt_low, dt_high,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr, WIDTH: tl.constexpr,
-    REPLAY: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr, WRITTEN: tl.constexpr,
-    BIAS: tl.constexpr, GATED: tl.constexpr, QUANTISED: tl.constexpr, PLAIN: tl.constexpr, SPLIT: tl.constexpr,
+    REPLAY: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
+    BIAS: tl.constexpr, GATED: tl.constexpr, QUANTISED: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     part, row = tl.program_id(0), tl.program_id(1)
     first_head = part * HEADS_PER_PROGRAM
@@ -225,7 +227,6 @@ def step_kernel(
         dt = tl.load(projected + inner + channels + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
         dt = tl.minimum(tl.maximum(softplus(dt), dt_low), dt_high)
         skip = tl.load(d_ptr + head).to(tl.float32)
-        squares = 0.0
         if REPLAY > 0:
             dts = ring_dt + head * REPLAY
             xs = ring_x + head * REPLAY * HEAD_DIM
@@ -240,19 +241,6 @@ def step_kernel(
             y = tl.sum(state * c[None, :], 1) + skip * x
             squares = gated(y, projected, norm_weight, out, rows, GATED)
             store_state(state, ssm, scale, rows, values, position, QUANTISED)
-        elif not SPLIT and (position + head) % REPLAY == REPLAY - 1:  # one head in REPLAY a step folds its ring
-            for tile in range(HEAD_DIM // WRITTEN):
-                q = tile * WRITTEN + tl.arange(0, WRITTEN)
-                some = head * HEAD_DIM + q
-                where = some[:, None] * STATE + n[None, :]
-                x = convolved_x(xbc, newest, conv, conv_weight, conv_bias, some, position, channels, WIDTH, BIAS)
-                state = widened(tl.load(ssm + where), scale, some, QUANTISED)  # [WRITTEN, STATE]
-                state = fold(state, dt, a, position - 1, xs, ring_b, dts, q, n, HEAD_DIM, bc, REPLAY)
-                state += (dt * x)[:, None] * b[None, :]
-                y = tl.sum(state * c[None, :], 1) + skip * x
-                squares += gated(y, projected, norm_weight, out, some, GATED)
-                store_state(state, ssm, scale, some, where, position, QUANTISED)
-            tl.store(dts + tl.arange(0, REPLAY), tl.zeros([REPLAY], tl.float32))
         else:
             times = tl.where(is_new, dt, tl.load(dts + index, mask=is_old, other=0))  # [REPLAY]
             after = tl.cumsum(times, 0, reverse=True) - times  # time since each of them

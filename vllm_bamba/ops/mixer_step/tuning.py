@@ -11,19 +11,15 @@ class Launch:
 
     Attributes:
         heads: heads of one row that a program serves; they share one convolution of B and C.
-        written: channels of a head whose ring is folded at a time, at least 16; fewer take fewer registers, of which
-            the kernel needs as many as its greediest part.
-        num_warps: of a program.
+        num_warps: of a program. Fewer leave less to do twice, more wait less for one another's loads.
         replays: whether states are read only and tokens kept in the ring; else every step writes.
-        max_registers: of a thread, for the compiler; None leaves it the choice.
+        max_registers: of a thread, for the compiler; None leaves it the choice, which is as many as it can use.
     """
 
     heads: int
-    written: int
     num_warps: int
     replays: bool
     max_registers: int | None = None
-    split: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,28 +28,42 @@ class Tuning:
 
     launches: tuple[tuple[int, Launch], ...]
 
-    def launch_for(self, rows: int, heads_per_group: int, head_dim: int) -> Launch:
-        """The launch for a batch, with as many heads and channels as the model has."""
+    def launch_for(self, rows: int, heads_per_group: int) -> Launch:
+        """The launch for a batch, with as many heads a program as its groups allow."""
         launch = next((launch for most, launch in self.launches if rows <= most), self.launches[-1][1])
         heads = launch.heads
         while heads_per_group % heads:
             heads //= 2
-        return replace(launch, heads=heads, written=min(launch.written, head_dim))
+        return replace(launch, heads=heads)
 
 
-DEFAULT = Tuning(
-    (
-        (8, Launch(heads=1, written=16, num_warps=4, replays=False)),
-        (1 << 30, Launch(heads=1, written=16, num_warps=4, replays=True, split=True)),
-    )
-)
+ANY = 1 << 30  # rows
 
-# (compute capability, 8-bit states) -> tuning; an entry comes with the measurement in benchmarks/results that chose it
-TUNED: dict[tuple[tuple[int, int], bool], Tuning] = {}
+DEFAULT = Tuning(((1, Launch(heads=1, num_warps=8, replays=False)), (ANY, Launch(heads=1, num_warps=4, replays=True))))
+
+# (compute capability, bytes of a number in a checkpoint); benchmarks/tune_mixer_step.py, rows of an H100 in
+# benchmarks/results
+TUNED: dict[tuple[tuple[int, int], int], Tuning] = {
+    ((9, 0), 2): Tuning(
+        (
+            (1, Launch(heads=1, num_warps=8, replays=False)),
+            (ANY, Launch(heads=1, num_warps=2, replays=True, max_registers=128)),
+        )
+    ),
+    ((9, 0), 1): Tuning(
+        (
+            (1, Launch(heads=1, num_warps=8, replays=False)),
+            (4, Launch(heads=1, num_warps=2, replays=True)),
+            (8, Launch(heads=2, num_warps=2, replays=True)),
+            (16, Launch(heads=4, num_warps=4, replays=True, max_registers=128)),
+            (ANY, Launch(heads=8, num_warps=4, replays=True, max_registers=128)),
+        )
+    ),
+}
 
 
-def tuning_for(device: torch.device, quantised: bool) -> Tuning:
-    """What is known of a GPU."""
+def tuning_for(device: torch.device, state_dtype: torch.dtype) -> Tuning:
+    """What is known of a GPU and checkpoints of this dtype."""
     if device.type != "cuda":
         return DEFAULT
-    return TUNED.get((torch.cuda.get_device_capability(device), quantised), DEFAULT)
+    return TUNED.get((torch.cuda.get_device_capability(device), state_dtype.itemsize), DEFAULT)

@@ -25,7 +25,7 @@ from vllm_bamba.ops.mixer_step.tuning import Launch
 
 CANDIDATES = [
     *(Launch(heads, warps, replays=False) for heads, warps in ((1, 4), (1, 8), (2, 8))),
-    *(Launch(heads, warps, replays=True) for heads, warps in itertools.product((1, 2, 4, 8), (2, 4))),
+    *(Launch(heads, warps, replays=True) for heads, warps in itertools.product((1, 2, 4, 8), (1, 2, 4))),
     *(Launch(heads, 2, True, max_registers=128) for heads in (1, 2)),
     *(Launch(heads, 4, True, max_registers=128) for heads in (4, 8)),
 ]

@@ -15,6 +15,8 @@ operator `vllm::mamba_mixer2`
     Slots and chunks of the batch. Goes when the plugin has a metadata builder of its own.
 `vllm.model_executor.layers.mamba.ops`
     The operators underneath ours. Goes operator by operator, as each gets a kernel of its own.
+`cache_results` of its autotuned scan kernels (Triton 3.6 and 3.9)
+    Starts after the first need not try launches out again. Goes with the scan's kernels.
 `find_matched_target` (by the name of `mixer.InProjectionLinear`)
     compressed-tensors' target "Linear" is looked for in a layer's class name. Goes when vLLM asks for the base class.
 `CacheConfig.mamba_ssm_cache_dtype`
@@ -59,6 +61,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -94,6 +97,7 @@ __all__ = [
     "choose_state_dtype",
     "free_blocks_in_order",
     "is_conv_state_dim_first",
+    "keep_autotuning",
     "key_of",
     "measure_system_messages",
     "mix_opaquely",
@@ -139,6 +143,19 @@ def mix_opaquely(projected: torch.Tensor, mixed: torch.Tensor, layer_name: str) 
     operators at which piecewise CUDA graphs are cut, which a plugin cannot extend.
     """
     torch.ops.vllm.mamba_mixer2(projected, mixed, _encode_layer_name(layer_name))
+
+
+def keep_autotuning(*modules: ModuleType) -> None:
+    """Have Triton keep on disk, beside the compiled kernels, which launch it found fastest for those of these modules.
+
+    A later start then takes the same launch without trying all of them again, and sums in the same order.
+    """
+    from triton.runtime.autotuner import Autotuner
+
+    for module in modules:
+        for kernel in vars(module).values():
+            if isinstance(kernel, Autotuner):
+                kernel.cache_results = True
 
 
 def state_backend(head_dim: int, dtype: torch.dtype, kv_cache_dtype: str | None) -> type[AttentionBackend]:

@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from helpers import (
     CHUNK,
     DEVICE,
@@ -23,8 +26,11 @@ from helpers import (
     randn,
 )
 from transformers.models.bamba import modeling_bamba
+from triton.runtime.autotuner import Autotuner
+from vllm.model_executor.layers.mamba.ops import ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_state_passing
 from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadataBuilder
 
+from vllm_bamba.compat import keep_autotuning
 from vllm_bamba.ops.ssd_prefill import kernels, ssd_prefill
 from vllm_bamba.ops.ssd_prefill.reference import ssd_prefill_reference
 from vllm_bamba.ops.ssm_step import ssm_step
@@ -336,3 +342,25 @@ def test_plan_of_one_chunk_is_the_one_made_by_hand(continues: bool) -> None:
         if field.name != "conv_metadata":
             value, expected = getattr(plan, field.name), getattr(by_hand, field.name)
             assert torch.equal(value, expected) if isinstance(value, torch.Tensor) else value == expected
+
+
+def test_what_autotuning_found_is_kept_for_the_next_start() -> None:
+    @triton.jit
+    def kernel(N: tl.constexpr):
+        pass
+
+    module = ModuleType("kernels")
+    module.tuned = triton.autotune([triton.Config({"N": 1})], key=[])(kernel)
+    module.other = kernel
+    assert not module.tuned.cache_results
+    keep_autotuning(module)
+    assert module.tuned.cache_results
+    assert not hasattr(module.other, "cache_results")
+
+
+@pytest.mark.gpu
+def test_vllms_scan_keeps_it() -> None:
+    tuned = [k for m in (ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_state_passing) for k in vars(m).values()]
+    tuned = [kernel for kernel in tuned if isinstance(kernel, Autotuner)]
+    assert len(tuned) >= 4
+    assert all(kernel.cache_results for kernel in tuned)

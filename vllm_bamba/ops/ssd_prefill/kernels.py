@@ -1,9 +1,13 @@
 """The recurrence over packed prefills on a GPU: vLLM's Triton kernels."""
 
 import torch
+from vllm.model_executor.layers.mamba.ops import ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_state_passing
 from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
 
+from vllm_bamba.compat import keep_autotuning
 from vllm_bamba.state import PrefillPlan
+
+keep_autotuning(ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_state_passing)
 
 
 def scan(

@@ -135,8 +135,8 @@ def cache_bytes(config: PreTrainedConfig, options: Mapping[str, Any], requests: 
 def state_bytes(config: PreTrainedConfig, options: Mapping[str, Any]) -> int:
     """Bytes of one sequence's state in one layer, as the engine lays it out."""
     from vllm_bamba.config import BambaShape
-    from vllm_bamba.fused import StepOptions
     from vllm_bamba.state import SlotFormat, mixer_shard, state_shapes
+    from vllm_bamba.step_options import StepOptions
 
     shape, asked = BambaShape.from_hf(config), options["additional_config"]
     dtype, state = dtype_of(options["dtype"]), options.get("mamba_ssm_cache_dtype", "auto")
@@ -201,9 +201,9 @@ def serve(pipe: Connection, options: dict[str, Any]) -> None:
 
 def columns(config: Any) -> dict[str, str]:
     """Columns of the result rows that the engine's own configuration decides."""
-    from vllm_bamba.fused import StepOptions
     from vllm_bamba.prefix.options import active
     from vllm_bamba.state import state_dtypes
+    from vllm_bamba.step_options import StepOptions
 
     cache, compilation = config.cache_config, config.compilation_config
     mode = cache.mamba_cache_mode if cache.enable_prefix_caching else "none"

@@ -187,8 +187,8 @@ class BambaServingConfig(VerifyAndUpdateConfig):
             ValueError: naming the field or flag and what to do about it.
         """
         from vllm_bamba.compat import check_options, choose_state_dtype
-        from vllm_bamba.fused import check_step
         from vllm_bamba.prefix.options import configure
+        from vllm_bamba.step_options import check_step
         from vllm_bamba.weights import check_files
 
         shape = BambaShape.from_hf(vllm_config.model_config.hf_config)

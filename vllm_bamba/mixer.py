@@ -19,20 +19,12 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_bamba.compat import mix_opaquely, state_backend
 from vllm_bamba.config import BambaShape
-from vllm_bamba.fused import FusedMixing, slot_dtypes, slot_format, slot_shapes
-from vllm_bamba.ops.causal_conv1d import causal_conv1d_prefill, causal_conv1d_step
+from vllm_bamba.mixing import FusedMixing, Mixing, OperatorMixing
 from vllm_bamba.ops.gated_norm import divide_later, gated_rms_norm
-from vllm_bamba.ops.ssd_prefill import ssd_prefill, warm_up
-from vllm_bamba.ops.ssm_step import ssm_step
 from vllm_bamba.prefix.options import state_spec
 from vllm_bamba.sharding import MixerShard, scaled
-from vllm_bamba.state import (
-    DecodePlan,
-    PrefillPlan,
-    channels_first,
-    mixer_shard,
-    plan_batch,
-)
+from vllm_bamba.state import mixer_shard, plan_batch
+from vllm_bamba.step_options import slot_dtypes, slot_format, slot_shapes
 
 
 def sharded_parameter(
@@ -150,7 +142,7 @@ class BambaMixer(nn.Module, MambaBase):
         self.slot_shapes, self.slot_dtypes = slot_shapes(vllm_config, shape), slot_dtypes(vllm_config, shape)
         form = slot_format(vllm_config, shape)
         quantised = vllm_config.quant_config is not None
-        self.fused = None if form is None else FusedMixing(self, form, quantised)  # else vLLM's operators
+        self.mixing: Mixing = OperatorMixing(self) if form is None else FusedMixing(self, form, quantised)
 
         layers = vllm_config.compilation_config.static_forward_context
         if prefix in layers:
@@ -163,15 +155,12 @@ class BambaMixer(nn.Module, MambaBase):
         """[tokens, hidden] -> [tokens, hidden]."""
         projected, _ = self.in_proj(hidden_states)
         channels = self.shard.local_intermediate
-        if self.fused is not None and self.fused.divides_later:
-            mixed = projected.new_empty(len(projected), channels + self.fused.sums)
-            mix_opaquely(projected, mixed, self.prefix)
+        mixed = projected.new_empty(len(projected), channels + self.mixing.sums)
+        mix_opaquely(projected, mixed, self.prefix)
+        if self.mixing.divides_later:
             output, _ = self.out_proj(mixed[:, :channels])
             return self.norm.divide_later(output, mixed[:, channels:])
-        mixed = projected.new_empty(len(projected), channels)
-        mix_opaquely(projected, mixed, self.prefix)
-        gate = projected[:, :channels]
-        output, _ = self.out_proj(self.norm(mixed, gate))
+        output, _ = self.out_proj(self.norm(mixed, projected[:, :channels]))
         return output
 
     def conv_ssm_forward(self, projected_states: torch.Tensor, output: torch.Tensor) -> None:
@@ -183,62 +172,19 @@ class BambaMixer(nn.Module, MambaBase):
         batch = get_forward_context().attn_metadata
         metadata = batch.get(self.prefix) if batch is not None else None
         if metadata is None:  # vLLM's memory profiling: no states yet
-            self._warm_up(projected_states)
+            self.mixing.warm_up(projected_states)
             output.zero_()
             return
-        mix_decode, mix_prefill = (
-            (self._decode, self._prefill) if self.fused is None else (self.fused.decode, self.fused.prefill)
-        )
         decode, prefill = plan_batch(metadata)
         end = 0
         if decode is not None:
             end = decode.num_tokens
-            mix_decode(projected_states[:end], decode, output[:end])
+            self.mixing.decode(projected_states[:end], decode, output[:end])
         if prefill is not None:
             rows = slice(end, end + prefill.num_tokens)
             end = rows.stop
-            mix_prefill(projected_states[rows], prefill, output[rows])
+            self.mixing.prefill(projected_states[rows], prefill, output[rows])
         output[end:].zero_()  # padding: a NaN there would reach all rows through a dynamic fp8 scale
-
-    def _decode(self, projected: torch.Tensor, plan: DecodePlan, output: torch.Tensor) -> None:
-        conv_state, ssm_state = channels_first(self.kv_cache[0]), self.kv_cache[1]
-        xBC, dt = self.split(projected)
-        xBC = causal_conv1d_step(xBC, self.conv1d.weight, self.conv1d.bias, conv_state, plan)
-        x, B, C = self.heads(xBC)
-        ssm_step(x, dt, self.A, B, C, self.D, self.dt_bias, self.shape.time_step_limit, ssm_state, plan, self.y(output))
-
-    def _prefill(self, projected: torch.Tensor, plan: PrefillPlan, output: torch.Tensor) -> None:
-        conv_state, ssm_state = channels_first(self.kv_cache[0]), self.kv_cache[1]
-        xBC, dt = self.split(projected)
-        xBC = causal_conv1d_prefill(xBC, self.conv1d.weight, self.conv1d.bias, conv_state, plan)
-        x, B, C = self.heads(xBC)
-        limit = self.shape.time_step_limit
-        ssd_prefill(x, dt, self.A, B, C, self.D, self.dt_bias, limit, ssm_state, plan, self.y(output))
-
-    def split(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x | B | C and dt of a projection; the gate waits for the norm."""
-        sizes = [self.shard.local_intermediate, self.shard.local_conv_channels, self.shard.local_heads]
-        _, xBC, dt = projected.split(sizes, dim=-1)
-        return xBC, dt
-
-    def heads(self, xBC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [tokens, heads, head_dim], B and C [tokens, groups, state]."""
-        shard = self.shard
-        x, B, C = xBC.split([shard.local_intermediate, shard.local_bc, shard.local_bc], dim=-1)
-        groups = (shard.local_groups, shard.state)
-        return x.unflatten(-1, (shard.local_heads, shard.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
-
-    def y(self, output: torch.Tensor) -> torch.Tensor:
-        """The output, [tokens, channels], as [tokens, heads, head_dim]."""
-        return output.view(len(output), self.shard.local_heads, self.shard.head_dim)
-
-    def _warm_up(self, projected: torch.Tensor) -> None:
-        shard = self.shard
-        state_dtype = torch.float32 if self.fused is not None else self.get_state_dtype()[1]
-        x, B = (shard.local_heads, shard.head_dim), (shard.local_groups, shard.state)
-        warm_up(x, B, self.shape.chunk_size, projected.dtype, state_dtype, projected.device)
-        if self.fused is not None:
-            self.fused.warm_up(projected)
 
     # what vLLM's state manager asks
 

@@ -37,9 +37,9 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_bamba.compat import MambaStateCopyFuncCalculator, prepare_lora
 from vllm_bamba.config import BambaShape
-from vllm_bamba.fused import slot_dtypes, slot_shapes
 from vllm_bamba.mixer import BambaMixer
 from vllm_bamba.prefix.options import attention_spec
+from vllm_bamba.step_options import slot_dtypes, slot_shapes
 from vllm_bamba.weights import STACKED, load_weights
 
 Residual: TypeAlias = torch.Tensor | None

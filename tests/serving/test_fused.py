@@ -1,5 +1,8 @@
 """Engines whose decode step is the fused kernel, against Transformers; without a GPU in Triton's interpreter."""
 
+import os
+import pathlib
+
 import pytest
 import torch
 from parity import Engine, Reference, assert_same, check_low_precision, random_prompts, save_random
@@ -7,6 +10,7 @@ from parity import Engine, Reference, assert_same, check_low_precision, random_p
 from vllm_bamba.ops.mixer_step import tuning
 
 FUSED = {"bamba_fused_step": True, "bamba_replay": 8}
+TESTS = pathlib.Path(__file__).parent.parent
 SMALL = {"num_hidden_layers": 3, "attn_layer_indices": [1]}
 
 
@@ -70,7 +74,7 @@ def test_8_bit_states_hold_more_sequences(tiny):
     for name, options in (("bf16", FUSED), ("int8", FUSED | {"bamba_state_dtype": "int8"})):
         with Engine(tiny, dtype="bfloat16", mamba_ssm_cache_dtype="bfloat16", additional_config=options) as engine:
             layer = engine.llm.llm_engine.vllm_config.compilation_config.static_forward_context["model.layers.0.mamba"]
-            slots = layer.fused.form.bind(layer.kv_cache)
+            slots = layer.mixing.form.bind(layer.kv_cache)
             pages[name] = slots.ssm[0].nbytes + (0 if slots.scale is None else slots.scale[0].nbytes)
     assert pages["int8"] < 0.6 * pages["bf16"]
 
@@ -78,7 +82,11 @@ def test_8_bit_states_hold_more_sequences(tiny):
 @pytest.mark.multiprocess
 def test_two_ranks_equal_transformers(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    path = save_random(tmp_path, **SMALL)
+    # ranks are processes of their own, which need the interpreter as conftest makes it
+    start = "from triton_interpreter import use_interpreter_without_a_gpu as use; use()\n"
+    (tmp_path / "sitecustomize.py").write_text(start)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(TESTS), os.environ.get("PYTHONPATH", "")]))
+    path = save_random(tmp_path / "model", **SMALL)
     with Engine(path, additional_config=FUSED, tensor_parallel_size=2, distributed_executor_backend="mp") as engine:
         answers = engine.answers(random_prompts([1, 20, 33]), 10)
     reference = Reference(path)

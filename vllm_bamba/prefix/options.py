@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.platforms import current_platform
 
-from vllm_bamba.fused import StepOptions
 from vllm_bamba.prefix.chat import KEY
 from vllm_bamba.prefix.policy import UNIT
+from vllm_bamba.step_options import StepOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

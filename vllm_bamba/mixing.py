@@ -1,0 +1,187 @@
+"""What a mixer does between its projections: convolution, recurrence and, in part, the gated norm.
+
+`OperatorMixing` calls vLLM's operators one after the other, `FusedMixing` decodes in kernels of our own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from vllm_bamba.ops.causal_conv1d import causal_conv1d_prefill, causal_conv1d_step
+from vllm_bamba.ops.gated_norm import gate_for_later
+from vllm_bamba.ops.ssd_prefill import ssd_prefill, warm_up
+from vllm_bamba.ops.ssm_step import ssm_step
+from vllm_bamba.state import DecodePlan, PrefillPlan, SlotFormat, channels_first
+
+if TYPE_CHECKING:
+    from vllm_bamba.mixer import BambaMixer
+    from vllm_bamba.ops.mixer_step import StepWeights
+
+
+class Mixing(ABC):
+    """One mixer's way.
+
+    Attributes:
+        divides_later: whether outputs are gated and weighted, and `sums` more columns say by what to divide them; else
+            the norm has still to come.
+    """
+
+    divides_later = False
+    sums = 0
+
+    def __init__(self, mixer: BambaMixer):
+        self.mixer = mixer
+
+    @abstractmethod
+    def decode(self, projected: torch.Tensor, plan: DecodePlan, output: torch.Tensor) -> None:
+        """[tokens, in_proj rows] -> output [tokens, channels + sums]; the sequences' slots move on."""
+
+    @abstractmethod
+    def prefill(self, projected: torch.Tensor, plan: PrefillPlan, output: torch.Tensor) -> None:
+        """The same for runs of tokens."""
+
+    @abstractmethod
+    def warm_up(self, projected: torch.Tensor) -> None:
+        """Have all kernels made before the first request; `projected` is like that of requests."""
+
+    def _warm_scan_up(self, projected: torch.Tensor, state_dtype: torch.dtype) -> None:
+        shard = self.mixer.shard
+        x, B = (shard.local_heads, shard.head_dim), (shard.local_groups, shard.state)
+        warm_up(x, B, self.mixer.shape.chunk_size, projected.dtype, state_dtype, projected.device)
+
+    # the parts of a projection, whose gate waits for the norm
+
+    def _split(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x | B | C, and dt."""
+        shard = self.mixer.shard
+        _, xBC, dt = projected.split([shard.local_intermediate, shard.local_conv_channels, shard.local_heads], dim=-1)
+        return xBC, dt
+
+    def _heads(self, xBC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [tokens, heads, head_dim], B and C [tokens, groups, state]."""
+        shard = self.mixer.shard
+        x, B, C = xBC.split([shard.local_intermediate, shard.local_bc, shard.local_bc], dim=-1)
+        groups = (shard.local_groups, shard.state)
+        return x.unflatten(-1, (shard.local_heads, shard.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def _by_head(self, output: torch.Tensor) -> torch.Tensor:
+        """[tokens, channels] as [tokens, heads, head_dim]."""
+        return output.view(len(output), self.mixer.shard.local_heads, self.mixer.shard.head_dim)
+
+
+class OperatorMixing(Mixing):
+    """vLLM's operators, on slots as vLLM lays them out."""
+
+    def decode(self, projected: torch.Tensor, plan: DecodePlan, output: torch.Tensor) -> None:
+        mixer = self.mixer
+        conv_state, ssm_state = channels_first(mixer.kv_cache[0]), mixer.kv_cache[1]
+        xBC, dt = self._split(projected)
+        xBC = causal_conv1d_step(xBC, mixer.conv1d.weight, mixer.conv1d.bias, conv_state, plan)
+        x, B, C = self._heads(xBC)
+        limit, y = mixer.shape.time_step_limit, self._by_head(output)
+        ssm_step(x, dt, mixer.A, B, C, mixer.D, mixer.dt_bias, limit, ssm_state, plan, y)
+
+    def prefill(self, projected: torch.Tensor, plan: PrefillPlan, output: torch.Tensor) -> None:
+        mixer = self.mixer
+        conv_state, ssm_state = channels_first(mixer.kv_cache[0]), mixer.kv_cache[1]
+        xBC, dt = self._split(projected)
+        xBC = causal_conv1d_prefill(xBC, mixer.conv1d.weight, mixer.conv1d.bias, conv_state, plan)
+        x, B, C = self._heads(xBC)
+        limit, y = mixer.shape.time_step_limit, self._by_head(output)
+        ssd_prefill(x, dt, mixer.A, B, C, mixer.D, mixer.dt_bias, limit, ssm_state, plan, y)
+
+    def warm_up(self, projected: torch.Tensor) -> None:
+        self._warm_scan_up(projected, self.mixer.get_state_dtype()[1])
+
+
+class FusedMixing(Mixing):
+    """Decodes in our own kernels, on slots of their layout; prefills on vLLM's operators in between."""
+
+    _made: ClassVar[set[tuple[object, ...]]] = set()
+
+    def __init__(self, mixer: BambaMixer, form: SlotFormat, quantised: bool):
+        from vllm_bamba.ops.mixer_step import StepWeights, sum_columns  # need Triton
+
+        super().__init__(mixer)
+        self.form = form
+        # the kernel reads one tap of many channels at a time; everybody else sees the shape of the checkpoint
+        conv = mixer.conv1d
+        conv.weight.data = conv.weight.data.t().contiguous().t()
+        # the norm's division can wait until after out_proj, unless a bias or a scale of its own stands in between or
+        # fp16 is too small for what has not been divided
+        self.divides_later = (
+            not quantised and not mixer.shape.mamba_proj_bias and mixer.model_config.dtype != torch.float16
+        )
+        norm = mixer.norm.weight if self.divides_later else None
+        self._weights = StepWeights(conv.weight, conv.bias, mixer.A, mixer.D, mixer.dt_bias, norm)
+        self.sums = sum_columns(form.shard.local_heads) if self.divides_later else 0
+
+    def decode(self, projected: torch.Tensor, plan: DecodePlan, output: torch.Tensor) -> None:
+        from vllm_bamba.ops.mixer_step import mixer_step
+
+        slots = self.form.bind(self.mixer.kv_cache)
+        mixer_step(projected, self.weights, self.mixer.shape.time_step_limit, slots, plan, output)
+
+    @property
+    def weights(self) -> StepWeights:
+        return self._weights._replace(taps=self._weights.taps.t())
+
+    def warm_up(self, projected: torch.Tensor) -> None:
+        """As `Mixing.warm_up`, for every number of rows, on two slots made for it; one layer does it for all alike."""
+        from vllm_bamba.ops.mixer_step import mixer_step
+        from vllm_bamba.ops.mixer_step.tuning import tuning_for
+        from vllm_bamba.ops.slot_state import read_states, write_states
+
+        self._warm_scan_up(projected, torch.float32)
+        mixer, shard, device = self.mixer, self.form.shard, projected.device
+        kernels = (self.form, self.divides_later, projected.dtype)
+        if kernels in self._made:
+            return
+        self._made.add(kernels)
+        layout = zip(self.form.shapes(), self.form.dtypes(), strict=True)
+        slots = self.form.bind(tuple(torch.zeros(2, *shape, dtype=dtype, device=device) for shape, dtype in layout))
+        chunk = PrefillPlan.of_one_chunk(mixer.shape.chunk_size, True, device)
+        write_states(slots, chunk, read_states(slots, mixer.A, chunk))
+
+        row = projected.new_zeros(1, projected.shape[1])
+        output = row.new_empty(1, shard.local_intermediate + self.sums)
+        if self.divides_later:
+            y, gate = row[:, : shard.local_intermediate].clone(), row[:, : shard.local_intermediate]
+            gate_for_later(y, gate, mixer.norm.weight, output)
+        one = torch.ones(1, 1, dtype=torch.int32, device=device)
+        plan = DecodePlan(1, one, one[0], query_start_loc=None, accepted=None)
+        tuning = tuning_for(device, self.form.state_dtype)
+        for rows, _ in tuning.launches:
+            launch = tuning.launch_for(rows, shard.local_heads // shard.local_groups)
+            mixer_step(row, self.weights, mixer.shape.time_step_limit, slots, plan, output, launch)
+
+    def prefill(self, projected: torch.Tensor, plan: PrefillPlan, output: torch.Tensor) -> None:
+        from vllm_bamba.ops.slot_state import read_inputs, read_states, write_inputs, write_states
+
+        mixer, slots = self.mixer, self.form.bind(self.mixer.kv_cache)
+        first = torch.arange(len(plan.slots), dtype=torch.int32, device=plan.slots.device)
+        # a row in front, as vLLM's convolution takes slot 0 for padding
+        scratch = F.pad(read_inputs(slots, plan).transpose(1, 2), (0, 0, 0, 0, 1, 0)).transpose(1, 2)
+        states = read_states(slots, mixer.A, plan)
+
+        xBC, dt = self._split(projected)
+        xBC = causal_conv1d_prefill(
+            xBC, mixer.conv1d.weight, mixer.conv1d.bias, scratch, replace(plan, slots=first + 1)
+        )  # fmt: skip
+        x, B, C = self._heads(xBC)
+        y = x.new_empty(x.shape) if self.divides_later else self._by_head(output)
+        limit = mixer.shape.time_step_limit
+        ssd_prefill(
+            x, dt, mixer.A, B, C, mixer.D, mixer.dt_bias, limit, states, replace(plan, slots=first), y
+        )  # fmt: skip
+        if self.divides_later:
+            gate = projected[:, : mixer.shard.local_intermediate]
+            gate_for_later(y.flatten(1), gate, mixer.norm.weight, output)
+
+        write_inputs(slots, plan, scratch[1:])
+        write_states(slots, plan, states)

@@ -1,0 +1,109 @@
+"""What can be asked of the decode step, and the slots that follow from it.
+
+Options of the engine, in vLLM's `additional_config`:
+
+| key | default | meaning |
+|---|---|---|
+| `bamba_fused_step` | false | decode with kernels of our own instead of vLLM's operators |
+| `bamba_replay` | 16 | tokens after which a state is written; 0: after every one. One of 0, 8, 16, 32 |
+| `bamba_state_dtype` | as `--mamba-ssm-cache-dtype` | `"int8"`: 8 bits and a scale for every channel of a head |
+
+The step is off unless asked for: its kernels have been tested and timed alone on an H100, not yet in an engine there.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.platforms import current_platform
+
+from vllm_bamba.state import SlotFormat, mixer_shard, state_dtypes, state_shapes
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_bamba.config import BambaShape
+
+REPLAYS = (0, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What `additional_config` says of the decode step."""
+
+    KEYS: ClassVar = ("bamba_fused_step", "bamba_replay", "bamba_state_dtype")
+    fused: bool = False
+    replay: int = 16
+    eight_bits: bool = False
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> StepOptions:
+        """Read and check.
+
+        Raises:
+            ValueError: an option has a value that makes no sense.
+        """
+        given: dict[str, Any] = vllm_config.additional_config if isinstance(vllm_config.additional_config, dict) else {}
+        fused, replay = given.get("bamba_fused_step", cls.fused), given.get("bamba_replay", cls.replay)
+        dtype = given.get("bamba_state_dtype")
+        if not isinstance(fused, bool):
+            raise ValueError(f"additional_config: bamba_fused_step is {fused!r}, expected true or false.")
+        if replay not in REPLAYS or isinstance(replay, bool):
+            raise ValueError(f"additional_config: bamba_replay is {replay!r}, expected one of {REPLAYS}.")
+        if dtype not in (None, "int8"):
+            raise ValueError(
+                f'additional_config: bamba_state_dtype is {dtype!r}, expected "int8"; other dtypes of the state are '
+                "set with --mamba-ssm-cache-dtype."
+            )
+        if not fused and {"bamba_replay", "bamba_state_dtype"} & given.keys():
+            raise ValueError("additional_config: bamba_replay and bamba_state_dtype need bamba_fused_step: true.")
+        return cls(fused, replay, dtype == "int8")
+
+
+def check_step(vllm_config: VllmConfig, shape: BambaShape) -> None:
+    """Raise ValueError where the fused step is asked for and cannot serve."""
+    if not StepOptions.of(vllm_config).fused:
+        return
+    sizes = {"mamba_d_head": shape.mamba_head_dim, "mamba_d_state": shape.mamba_state}
+    odd = [
+        f"{name} = {size} is no power of two from 16 on"
+        for name, size in sizes.items()
+        if size & (size - 1) or size < 16
+    ]
+    reasons = {
+        " and ".join(odd): bool(odd),
+        "speculative decoding takes tokens back": vllm_config.speculative_config is not None,
+        "there is no GPU": not current_platform.is_cuda_alike() and os.environ.get("TRITON_INTERPRET") != "1",
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason is not None:
+        raise ValueError(f"additional_config: bamba_fused_step cannot be used here: {reason}. Leave it out.")
+
+
+def slot_format(vllm_config: VllmConfig, shape: BambaShape) -> SlotFormat | None:
+    """How slots are laid out for the fused step; None where vLLM's operators take it."""
+    options = StepOptions.of(vllm_config)
+    if not options.fused:
+        return None
+    cache, dtype = vllm_config.cache_config, vllm_config.model_config.dtype
+    conv_dtype, state_dtype = state_dtypes(dtype, cache)
+    shard = mixer_shard(shape, vllm_config.parallel_config.tensor_parallel_size)
+    state_dtype = torch.int8 if options.eight_bits else state_dtype
+    return SlotFormat(shard, shape.conv_width, conv_dtype, state_dtype, options.replay)
+
+
+def slot_shapes(vllm_config: VllmConfig, shape: BambaShape) -> tuple[tuple[int, ...], ...]:
+    """Shapes of one slot's tensors on one rank, as vLLM is to make them."""
+    if form := slot_format(vllm_config, shape):
+        return form.shapes()
+    return state_shapes(shape, vllm_config.parallel_config.tensor_parallel_size, vllm_config.num_speculative_tokens)
+
+
+def slot_dtypes(vllm_config: VllmConfig, shape: BambaShape) -> tuple[torch.dtype, torch.dtype]:
+    """Their dtypes."""
+    if form := slot_format(vllm_config, shape):
+        return form.dtypes()
+    return state_dtypes(vllm_config.model_config.dtype, vllm_config.cache_config)

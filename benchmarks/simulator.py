@@ -90,6 +90,7 @@ class Simulator:
     Args:
         geometry: of its cache.
         slots: with prefix-aware slots, or vLLM alone.
+        caching: whether prefixes are cached at all.
         unit: `--prefix-match-unit`.
         asynchronous: schedule each step before the one before is done.
         share: `bamba_prefix_share`.
@@ -100,18 +101,19 @@ class Simulator:
 
     def __init__(
         self, geometry: Geometry = Geometry(), slots: bool = True, unit: int | None = None,
-        asynchronous: bool = False, share: float | None = None, exports: bool = False, **options: Any,
+        asynchronous: bool = False, share: float | None = None, exports: bool = False, caching: bool = True,
+        **options: Any,
     ):  # fmt: skip
         init_none_hash(sha256)
         self.asynchronous = asynchronous
         self.geometry = geometry
-        block = geometry.attention_block
+        block, mode = geometry.attention_block, "align" if caching else "none"
         config = VllmConfig(
             model_config=ModelConfig(
                 model=_config_folder(geometry.max_tokens), skip_tokenizer_init=True, dtype="bfloat16",
                 max_model_len=geometry.max_tokens,
             ),
-            cache_config=CacheConfig(block_size=block, enable_prefix_caching=True, mamba_cache_mode="align"),
+            cache_config=CacheConfig(block_size=block, enable_prefix_caching=caching, mamba_cache_mode=mode),
             scheduler_config=SchedulerConfig(
                 max_num_seqs=geometry.max_requests, max_num_batched_tokens=geometry.max_batch,
                 max_model_len=geometry.max_tokens, enable_chunked_prefill=True, is_encoder_decoder=False,
@@ -121,15 +123,16 @@ class Simulator:
             additional_config={} if share is None else {"bamba_prefix_share": share},
         )  # fmt: skip
         cache = config.cache_config
-        cache.block_size, cache.mamba_block_size, cache.prefix_match_unit = block, block, unit
+        cache.block_size, cache.prefix_match_unit = block, unit
+        cache.mamba_block_size = block if caching else geometry.max_tokens
         config.scheduler_config.scheduler_cls, config.scheduler_config.async_scheduling = None, asynchronous
-        if slots:
+        if slots and caching:
             configure(config)
         register_all_kvcache_specs(config)
         page = block * 4096
         states: KVCacheSpec = MambaSpec(
             block_size=cache.mamba_block_size, shapes=((3, 8448), (128, 64, 128)), dtypes=(torch.bfloat16,) * 2,
-            page_size_padded=max(page, 2 * (3 * 8448 + 128 * 64 * 128)), mamba_cache_mode="align",
+            page_size_padded=max(page, 2 * (3 * 8448 + 128 * 64 * 128)), mamba_cache_mode=mode,
             num_prefill_checkpoint_blocks=int(exports), prefill_checkpoint_alignment=1 if exports else None,
         )  # fmt: skip
         states = state_spec(states, config)
@@ -151,7 +154,7 @@ class Simulator:
             hash_block_size=hash_block,
             log_stats=True,
         )
-        self._hasher = get_request_block_hasher(hash_block, sha256)
+        self._hasher = get_request_block_hasher(hash_block, sha256) if caching else None
         self.worker = _Worker(states.block_size, block, geometry.mamba_groups, hash_block if exports else 0)
         self.seen: dict[str, Seen] = {}
         self.queries = self.hits = 0  # tokens, as vLLM's metrics count them

@@ -405,3 +405,19 @@ def test_accuracy_says_what_text_it_lacks(readable, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(SystemExit, match="this Python comes without its documentation"):
         bench_accuracy.main(["--tokens", "20", *common(tmp_path)])
+
+
+@pytest.mark.parametrize("more", [[], ["--together", "--synchronous"]])
+def test_scheduler_is_timed_in_every_mode(more, tmp_path, capsys):
+    import bench_scheduler
+
+    size = ["--batch", "4", "--blocks", "120", "--prompt", "20", "--answer", "24", "--steps", "30", "--turns", "2"]
+    bench_scheduler.main([*size, *more, "--profile", str(tmp_path / "profile"), *common(tmp_path)])
+    assert not rows.results_file(tmp_path).exists(), "the profiler's overhead is no result"
+    bench_scheduler.main([*size, *more, *common(tmp_path)])
+    found = read(tmp_path, "bench_scheduler")
+    assert [row["cache_mode"] for row in found] == ["none", "align", "slots"]
+    assert values(found, "metric") == {"scheduler_step"}
+    assert values(found, "repeats") == {"60"}
+    assert len(list((tmp_path / "profile").glob("*.prof"))) == 3
+    assert "p99" in capsys.readouterr().out

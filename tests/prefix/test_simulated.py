@@ -11,6 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # for benchmarks
 import vllm_bamba
 from benchmarks import prefix_hits as scenario
 from benchmarks.simulator import Geometry, Simulator
+from vllm_bamba.prefix import scheduler
 
 vllm_bamba.register()
 text = scenario.text
@@ -136,6 +137,7 @@ def assert_consistent(engine: Simulator) -> None:
     """All blocks are free, and each slot is whole: a state of every group and all attention blocks, with keys."""
     pool, slots = engine.scheduler.kv_cache_manager.block_pool, engine.scheduler.slots
     assert pool.get_num_free_blocks() == engine.geometry.blocks - 1
+    assert slots.plans == slots.places == {}
     for key, states in slots._states.items():
         assert len(states) == engine.geometry.mamba_groups
         assert all(block.block_hash is not None for block in states + slots._texts[key])
@@ -202,6 +204,27 @@ def test_random_traffic_never_builds_on_another_text(seed: int, asynchronous: bo
     engine = drive(seed, asynchronous=asynchronous)
     assert engine.wrong == []
     assert_consistent(engine)
+
+
+@pytest.mark.parametrize("unit", [16, 32])
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("seed", [3, 5, 6, 10])  # 5 and 10: attention blocks of 80 tokens, which 32 does not divide
+def test_groups_need_not_be_asked_where_nothing_is_due(seed: int, asynchronous: bool, unit: int, monkeypatch) -> None:
+    asked_where_due = drive(seed, asynchronous=asynchronous, unit=unit)
+    monkeypatch.setattr(scheduler, "OnlyWhereDue", lambda manager, slots: None)
+    asked_always = drive(seed, asynchronous=asynchronous, unit=unit)
+    assert asked_where_due.seen == asked_always.seen
+    assert asked_where_due.worker.tables == asked_always.worker.tables
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_answer_has_its_groups_asked_once_a_unit(asynchronous: bool, monkeypatch) -> None:
+    engine, asked = Simulator(asynchronous=asynchronous), []
+    coordinator = engine.scheduler.kv_cache_manager.coordinator
+    allocate = coordinator.allocate_new_blocks
+    monkeypatch.setattr(coordinator, "allocate_new_blocks", lambda *args: asked.append(args) or allocate(*args))
+    engine.ask(text(1, 100), answer=320)
+    assert len(asked) <= 2 * (320 // 16 + 2)  # where a block begins and where a state is kept
 
 
 def test_a_wrong_state_would_be_seen() -> None:

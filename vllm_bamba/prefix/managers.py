@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import gcd
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -18,7 +19,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 from vllm.v1.request import Request
 
 from vllm_bamba.compat import add_key, key_of, register_manager
-from vllm_bamba.prefix.slots import Slots
+from vllm_bamba.prefix.slots import Place, Slots
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,46 @@ class BambaAttentionManager(FullAttentionManager):
         blocks = super().pop_blocks_for_free(request_id)
         self.slots.finish(request_id, blocks)
         return blocks
+
+
+class OnlyWhereDue:
+    """Has vLLM go through all groups for a request only in the steps in which one of them has something to do.
+
+    vLLM asks every group, for every token, what to allocate, what to give back and what to key. The answer is
+    "nothing" until the request passes a multiple of `grain` tokens, as an answer does in one step of sixteen.
+    """
+
+    def __init__(self, manager: KVCacheManager, slots: Slots):
+        self.manager, self.slots = manager, slots
+        self.grain = gcd(*manager.coordinator.group_block_sizes)
+        self._allocate, self._cache = manager.allocate_slots, manager.cache_blocks
+        manager.allocate_slots = self.allocate_slots  # type: ignore[method-assign]
+        manager.cache_blocks = self.cache_blocks  # type: ignore[method-assign]
+
+    def allocate_slots(
+        self, request: Request, num_new_tokens: int, num_new_computed_tokens: int = 0, **more: Any
+    ) -> KVCacheBlocks | None:
+        start = request.num_computed_tokens + num_new_computed_tokens
+        end = start + num_new_tokens
+        known = min(end, request.num_tokens)
+        done = max(start - request.num_in_flight_tokens, 0)
+        place = Place((end - 1) // self.grain, known // self.grain, (done - 1) // self.grain)
+        before = self.slots.places.get(request.request_id)
+        if before is None or before[:2] != place[:2]:
+            blocks = self._allocate(request, num_new_tokens, num_new_computed_tokens, **more)
+            if blocks is None:
+                return None
+        else:
+            blocks = self.manager.empty_kv_cache_blocks
+            if before.freed != place.freed:
+                self.manager.remove_skipped_blocks(request.request_id, done, request.num_prompt_tokens)
+        self.slots.places[request.request_id] = place
+        return blocks
+
+    def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        place = self.slots.places.get(request.request_id)
+        if place is None or place.keyed != num_computed_tokens // self.grain:
+            self._cache(request, num_computed_tokens)
 
 
 register_manager(BambaStateSpec, BambaStateManager, MambaSpec)

@@ -8,6 +8,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from vllm_bamba.prefix.managers import OnlyWhereDue
 from vllm_bamba.prefix.options import SlotOptions, shared_tokens, system_tokens
 from vllm_bamba.prefix.policy import chunk_tokens, plan_prefill
 from vllm_bamba.prefix.slots import Slots
@@ -20,6 +21,7 @@ class PrefixAware(Scheduler):
         super().__init__(*args, **kwargs)
         self.slots = Slots.of(self.kv_cache_manager.block_pool)
         self.slots.limit(SlotOptions.of(self.vllm_config).share)
+        OnlyWhereDue(self.kv_cache_manager, self.slots)
 
     def _mamba_block_aligned_split(
         self,

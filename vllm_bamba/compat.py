@@ -36,8 +36,7 @@ the same, and `MambaManager.cache_blocks`
 `Scheduler._preempt_request`, `Scheduler.reset_prefix_cache`
     Steps that are not run, caches that are emptied. Goes with the slots.
 `KVCacheManager.allocate_slots`, `.cache_blocks`, `.remove_skipped_blocks`, `Request.num_in_flight_tokens`
-    (in `prefix/managers.py`) Groups are asked only when they have something to do. Goes when vLLM does not ask each group
-    for each token.
+    Groups are asked only when they have something to do. Goes when vLLM does not ask each of them for each token.
 `KVCacheSpecRegistry`
     Cache managers of our own; registering is vLLM's way.
 `BlockPool`: its queue, its keys, `get_new_blocks`

@@ -23,6 +23,8 @@ operator `vllm::mamba_mixer2`
     fp32 states on CPUs: see `choose_state_dtype`. Goes when vLLM's C++ step rounds.
 `supported_kv_cache_layouts`
     Pipeline stages without attention must agree with the others. Goes when vLLM intersects the workers' lists.
+`Platform.update_block_size_for_backend`, `._find_non_ssm_backends`
+    The same stages must lay states out as the others do: see `align_blocks`. Goes when vLLM aligns blocks by the model.
 `vllm.lora.ops.torch_ops.lora_ops.bgmv_shrink`
     On CPUs, requests without an adapter got one. Goes with 0.32.
 `vllm.lora.utils._all_lora_classes`
@@ -94,6 +96,7 @@ __all__ = [
     "MambaStateCopyFuncCalculator",
     "MambaStateDtypeCalculator",
     "add_key",
+    "align_blocks",
     "before_allocation",
     "check_options",
     "choose_state_dtype",
@@ -167,16 +170,40 @@ def state_backend(head_dim: int, dtype: torch.dtype, kv_cache_dtype: str | None)
     pipeline stage of Mamba layers alone would report every layout and the engine would not start ("Workers disagree
     on supported KV cache layouts"), although one resolved layout suits all of them.
     """
-    attention = get_attn_backend(head_dim, dtype, kv_cache_dtype)
-    return _state_backend(attention)
+    return _state_backend(get_attn_backend(head_dim, dtype, kv_cache_dtype))
+
+
+def align_blocks(vllm_config: VllmConfig, states: type[AttentionBackend]) -> None:
+    """Make a state's block as long as an attention block on pipeline stages that have no attention layer, too.
+
+    Each of vLLM's workers makes states' blocks as long as those of the attention that it finds among its own layers. A
+    stage without any would keep blocks of 16 tokens beside the others' of several hundred, and vLLM would stop prefills
+    by the shorter ones but give their states the keys of the longer. Does nothing where it is done already.
+
+    Args:
+        vllm_config: whose `cache_config` is changed.
+        states: what `state_backend` gave.
+    """
+    if vllm_config.cache_config.mamba_page_size_padded is not None:
+        return
+    platform = type(current_platform)
+
+    class WithAttention(platform):  # type: ignore[valid-type, misc]
+        @classmethod
+        def _find_non_ssm_backends(cls, vllm_config: VllmConfig) -> list[type[AttentionBackend]]:
+            return [states.attention]  # type: ignore[attr-defined]
+
+    WithAttention.update_block_size_for_backend(vllm_config)
 
 
 @functools.cache
-def _state_backend(attention: type[AttentionBackend]) -> type[AttentionBackend]:
+def _state_backend(of_attention: type[AttentionBackend]) -> type[AttentionBackend]:
     class BambaStateBackend(Mamba2AttentionBackend):
+        attention = of_attention
+
         @classmethod
         def supported_kv_cache_layouts(cls) -> Any:
-            return attention.supported_kv_cache_layouts()
+            return cls.attention.supported_kv_cache_layouts()
 
     return BambaStateBackend
 

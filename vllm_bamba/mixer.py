@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_bamba.compat import mix_opaquely, state_backend
+from vllm_bamba.compat import align_blocks, mix_opaquely, state_backend
 from vllm_bamba.config import BambaShape
 from vllm_bamba.mixing import FusedMixing, Mixing, OperatorMixing
 from vllm_bamba.ops.gated_norm import divide_later, gated_rms_norm
@@ -196,6 +196,8 @@ class BambaMixer(nn.Module, MambaBase):
         return self.backend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        if self.shape.attention_layers:
+            align_blocks(vllm_config, self.backend)
         return state_spec(super().get_kv_cache_spec(vllm_config), vllm_config)
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:

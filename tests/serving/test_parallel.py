@@ -52,6 +52,22 @@ def test_pipeline_parallel_equals_transformers(changes, tmp_path):
         assert_same(answers, engine.answers(PROMPTS))
 
 
+def test_stages_with_and_without_attention_lay_states_out_alike(tmp_path):
+    """A stage alone does not see the attention whose blocks vLLM makes a state's page as long as."""
+    path = save_random(tmp_path, attn_layer_indices=[1])
+    options = {"pipeline_parallel_size": 2, "enforce_eager": False, "additional_config": {"bamba_prefix_slots": False}}
+    with Engine(path, **options, **TWO_WORKERS) as engine:
+        groups = engine.scheduler.kv_cache_config.kv_cache_groups
+        states = {group.kv_cache_spec for group in groups if hasattr(group.kv_cache_spec, "mamba_type")}
+        prompts = random_prompts([300, 300])
+        prompts += [prompts[0], prompts[0][:200] + prompts[1]]
+        answers = [engine.answers([prompt], 4, prompt_logprobs=False)[0] for prompt in prompts]
+    assert len({(spec.block_size, spec.page_size_bytes) for spec in states}) == 1
+    reference = Reference(path)
+    for answer in answers:
+        reference.check(answer)
+
+
 async def answers_of_two_engines(path: str) -> tuple[list[Answer], ...]:
     """All prompts sent to the first engine, to the second, and to whichever vLLM chooses."""
     engine = AsyncLLM.from_engine_args(

@@ -136,8 +136,7 @@ class Mixer(torch.nn.Module):
 def empty_slots(form: SlotFormat, plan: DecodePlan) -> FusedSlots:
     """Slots of the plan's sequences, which have no tokens yet; slot 0 is padding."""
     rows, device = plan.num_tokens, plan.slots.device
-    made = {k: torch.empty(rows + 1, *size, dtype=dtype, device=device) for k, (size, dtype) in form.tensors().items()}
-    slots = FusedSlots(**made)
+    slots = form.empty(rows + 1, device)
     start = replace(PrefillPlan.of_one_chunk(1, False, device), slots=plan.slots[:, 0], lengths=plan.lengths)
     write_inputs(slots, start, slots.conv.new_zeros(rows, slots.conv.shape[2], form.width - 1))
     write_states(slots, start, torch.zeros(rows, *slots.ssm.shape[1:], device=device))

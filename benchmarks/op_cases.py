@@ -24,7 +24,7 @@ from vllm_bamba.ops.ssd_prefill import ssd_prefill
 from vllm_bamba.ops.ssd_prefill.reference import ssd_prefill_reference
 from vllm_bamba.ops.ssm_step import ssm_step
 from vllm_bamba.ops.ssm_step.reference import ssm_step_reference
-from vllm_bamba.state import FusedSlots, SlotFormat, mixer_shard
+from vllm_bamba.state import SlotFormat, mixer_shard
 
 if TYPE_CHECKING:
     from vllm_bamba.ops.mixer_step.tuning import Launch
@@ -224,13 +224,10 @@ def fused_step(p: Problem, int8: bool = False, launches: "Mapping[str, Launch] |
     plan, (weight, bias), (_, dt, A, _, _, D, dt_bias) = p.decode_plan(), _conv_weights(p), p.recurrence()
     projected = torch.cat([p.normal(p.tokens, 2 * inner + 2 * groups * width), dt], 1)
     form = SlotFormat(mixer_shard(p.shape, 1), taps, p.dtype, torch.int8 if int8 else p.state_dtype, replay)
-    tensors = {
-        name: torch.empty(p.tokens + 1, *shape, dtype=dtype, device=p.device)
-        for name, (shape, dtype) in form.tensors().items()
-    }
-    for name, tensor in tensors.items():
-        tensor.copy_(p.normal(*tensor.shape, dtype=torch.float32) * (40 if name == "ssm" and int8 else 1))
-    slots, used = FusedSlots(**tensors), plan.slots[:, 0].long()
+    slots, used = form.empty(p.tokens + 1, p.device), plan.slots[:, 0].long()
+    for tensor in slots:
+        if tensor is not None:
+            tensor.copy_(p.normal(*tensor.shape, dtype=torch.float32) * (40 if tensor is slots.ssm and int8 else 1))
     assert slots.ring_x is not None
     assert slots.ring_b is not None
     assert slots.ring_dt is not None

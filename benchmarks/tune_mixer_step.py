@@ -67,7 +67,7 @@ def times_of(problem: Problem, int8: bool, right: Mapping[str, Launch], repeats:
 def table(best: Sequence[tuple[int, Launch]]) -> str:
     """Batches with the same launch as the next larger one are covered by it."""
     kept = [(batch, launch) for (batch, launch), (_, after) in itertools.pairwise(best) if launch != after]
-    return "\n".join(f"({batch}, {launch})," for batch, launch in [*kept, (1 << 30, best[-1][1])])
+    return "\n".join(f"({batch}, {launch})," for batch, launch in [*kept, ("ANY", best[-1][1])])
 
 
 def main(argv: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ How fast anything is says nothing here: the models are tiny and the machine may 
 
 import csv
 import pathlib
+import shutil
 import sys
 
 import pytest
@@ -14,9 +15,11 @@ import torch
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_accuracy
 import bench_decode
 import bench_ops
 import bench_prefix
+import bench_scheduler
 import bench_serving
 import bench_transformers
 import rows
@@ -24,7 +27,7 @@ import shapes
 import startup
 import timing
 import variants
-from parity import Engine, assert_same
+from parity import Engine, assert_same, save_random
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the benchmarks themselves")
 ENGINE = "--enforce-eager --kv-cache-memory-bytes 67108864 --max-num-seqs 4"
@@ -344,10 +347,6 @@ def test_bytes_of_the_9b_shape():
 @pytest.fixture(scope="module")
 def readable(tiny, tmp_path_factory) -> list[str]:
     """Options that make a walk of a few seconds: a random model of one Mamba layer, and text that it can read."""
-    import shutil
-
-    from parity import save_random
-
     folder = tmp_path_factory.mktemp("readable")
     one_layer = {"num_hidden_layers": 2, "attn_layer_indices": [1], "mamba_n_heads": 2, "mamba_d_head": 64}
     model = save_random(folder / "model", vocab_size=1024, **one_layer)
@@ -358,8 +357,6 @@ def readable(tiny, tmp_path_factory) -> list[str]:
 
 
 def test_accuracy_judges_every_precision_of_the_state(readable, tmp_path, capsys):
-    import bench_accuracy
-
     bench_accuracy.main([*readable, *common(tmp_path)])
     found = read(tmp_path, "bench_accuracy")
     states = ("float32", "bfloat16", "float16", "int8")
@@ -384,8 +381,6 @@ def test_accuracy_judges_every_precision_of_the_state(readable, tmp_path, capsys
 
 
 def test_accuracy_reports_nothing_where_the_walk_is_not_the_model(readable, tmp_path, monkeypatch):
-    import bench_accuracy
-
     def wrong(projected, weights, *rest):
         mixer_step(projected, weights._replace(D=weights.D + 0.01), *rest)
 
@@ -398,8 +393,6 @@ def test_accuracy_reports_nothing_where_the_walk_is_not_the_model(readable, tmp_
 
 
 def test_accuracy_says_what_text_it_lacks(readable, tmp_path, monkeypatch):
-    import bench_accuracy
-
     with pytest.raises(SystemExit, match="tokens of text are too few for 1 texts of 4096: pass a longer --text"):
         bench_accuracy.main([*readable, "--tokens", "4096", *common(tmp_path)])
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
@@ -409,8 +402,6 @@ def test_accuracy_says_what_text_it_lacks(readable, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("more", [[], ["--together", "--synchronous"]])
 def test_scheduler_is_timed_in_every_mode(more, tmp_path, capsys):
-    import bench_scheduler
-
     size = ["--batch", "4", "--blocks", "120", "--prompt", "20", "--answer", "24", "--steps", "30", "--turns", "2"]
     bench_scheduler.main([*size, *more, "--profile", str(tmp_path / "profile"), *common(tmp_path)])
     assert not rows.results_file(tmp_path).exists(), "the profiler's overhead is no result"

@@ -5,16 +5,15 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from parity import Answer, Engine, _answer, random_prompts
+from parity import Answer, Engine, _answer, greedy, random_prompts
 from vllm import SamplingParams
 
 
 def parameters(tokens: int, shared: int, of_prompt: bool = False) -> SamplingParams:
-    return SamplingParams(
-        temperature=0.0, max_tokens=tokens, logprobs=0, ignore_eos=True, detokenize=False,
-        prompt_logprobs=0 if of_prompt else None,
-        extra_args={"bamba_shared_tokens": shared} if shared else None,
-    )  # fmt: skip
+    """A greedy request of which the first `shared` tokens, if any, are said to be shared."""
+    given = greedy(tokens, of_prompt)
+    given.extra_args = {"bamba_shared_tokens": shared} if shared else None
+    return given
 
 
 @dataclass

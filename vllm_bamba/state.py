@@ -240,6 +240,11 @@ class SlotFormat:
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         return self.dtype, torch.int8
 
+    def empty(self, slots: int, device: torch.device | str) -> FusedSlots:
+        """Uninitialised slots outside of vLLM's cache, each tensor in memory of its own."""
+        made = {name: torch.empty(slots, *s, dtype=dtype, device=device) for name, (s, dtype) in self.tensors().items()}
+        return FusedSlots(**made)
+
     def bind(self, states: tuple[torch.Tensor, ...]) -> FusedSlots:
         """The tensors inside of what vLLM made for `shapes()` and `dtypes()`."""
         conv, rest = states

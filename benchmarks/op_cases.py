@@ -213,7 +213,8 @@ def step(p: Problem) -> Case:
 def fused_step(p: Problem, int8: bool = False, launches: "Mapping[str, Launch] | None" = None) -> Case:
     """The whole step between a mixer's projections; vLLM's is its convolution and its state update.
 
-    `launches` are by name, all replaying with full rings, or none; without them what is tuned for the batch.
+    `launches` are by name, all replaying, with rings as they are on average, or none; without them what is tuned for the
+    batch.
     """
     from vllm_bamba.ops.mixer_step import StepWeights, mixer_step
     from vllm_bamba.ops.mixer_step.reference import mixer_step_reference
@@ -231,22 +232,25 @@ def fused_step(p: Problem, int8: bool = False, launches: "Mapping[str, Launch] |
     assert slots.ring_x is not None
     assert slots.ring_b is not None
     assert slots.ring_dt is not None
+    # as a step finds them: of `replay` heads one has a full ring, the next one a token less, and so on
+    ages = (plan.lengths[:, None].long() - 1 - torch.arange(replay, device=p.device)) % replay
+    ages[ages == 0] = replay  # of each entry
+    filled = (plan.lengths[:, None].long() - 1 + torch.arange(heads, device=p.device)) % replay
+    filled[filled == 0] = replay  # entries of each head
     slots.ring_dt.abs_().mul_(0.05)
-    slots.ring_dt[used, :, (plan.lengths - 1).long() % replay] = 0  # as a step finds it
-    launches = launches or {
-        OURS: tuning_for(torch.device(p.device), form.state_dtype).launch_for(p.tokens, heads // groups)
-    }
+    slots.ring_dt[used] *= ages[:, None] <= filled[:, :, None]
+    launches = launches or {OURS: tuning_for(torch.device(p.device), form.state_dtype).launch_for(p.tokens)}
     if not any(launch.replays for launch in launches.values()):
         slots.ring_dt.zero_()
     out = torch.empty(p.tokens, inner, dtype=p.dtype, device=p.device)
 
     # the same slots as vLLM keeps them: inputs of the convolution oldest first, the state with the ring's tokens in it
-    ages = plan.lengths[:, None].long() - 1 - torch.arange(1, max(replay, taps), device=p.device)  # newest first
-    inputs = slots.conv[used[:, None], ages[:, : taps - 1].flip(1) % taps].transpose(1, 2)  # [rows, channels, taps - 1]
-    times = slots.ring_dt[used[:, None], :, ages[:, : replay - 1] % replay].double()  # [rows, tokens, heads]
+    past = plan.lengths[:, None].long() - 1 - torch.arange(1, max(replay + 1, taps), device=p.device)  # newest first
+    inputs = slots.conv[used[:, None], past[:, : taps - 1].flip(1) % taps].transpose(1, 2)  # [rows, channels, taps - 1]
+    times = slots.ring_dt[used[:, None], :, past[:, :replay] % replay].double()  # [rows, tokens, heads]
     after = times.cumsum(1) - times
-    x = slots.ring_x[used[:, None], :, ages[:, : replay - 1] % replay].double()
-    B = slots.ring_b[used[:, None], ages[:, : replay - 1] % replay].double().unflatten(-1, (groups, width))
+    x = slots.ring_x[used[:, None], :, past[:, :replay] % replay].double()
+    B = slots.ring_b[used[:, None], past[:, :replay] % replay].double().unflatten(-1, (groups, width))
     state = slots.ssm[used].double() * (1 if slots.scale is None else slots.scale[used].double()[..., None])
     state *= (A * times.sum(1))[..., None, None].exp()
     written = (times * (A * after).exp())[..., None] * x

@@ -157,7 +157,7 @@ class FusedMixing(Mixing):
         plan = DecodePlan(1, one, one[0], query_start_loc=None, accepted=None)
         tuning = tuning_for(device, self.form.state_dtype)
         for rows, _ in tuning.launches:
-            launch = tuning.launch_for(rows, shard.local_heads // shard.local_groups)
+            launch = tuning.launch_for(rows)
             mixer_step(row, self.weights, mixer.shape.time_step_limit, slots, plan, output, launch)
 
     def prefill(self, projected: torch.Tensor, plan: PrefillPlan, output: torch.Tensor) -> None:

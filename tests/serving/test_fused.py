@@ -17,7 +17,7 @@ SMALL = {"num_hidden_layers": 3, "attn_layer_indices": [1]}
 @pytest.fixture
 def both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rows and more are replayed, fewer written every step: a batch that drains does both."""
-    ways = (tuning.Launch(heads=2, num_warps=4, replays=replays) for replays in (False, True))
+    ways = (tuning.Launch(replays, num_warps=4) for replays in (False, True))
     monkeypatch.setattr(tuning, "DEFAULT", tuning.Tuning(tuple(zip((2, 1000), ways, strict=True))))
 
 

@@ -3,10 +3,14 @@
 from typing import NamedTuple
 
 import torch
+import triton
 
-from vllm_bamba.ops.mixer_step.kernels import fold_kernel, step_kernel
+from vllm_bamba.ops.mixer_step.kernels import prepare_kernel, replay_kernel, step_kernel
 from vllm_bamba.ops.mixer_step.tuning import Launch, tuning_for
 from vllm_bamba.state import DecodePlan, FusedSlots, slot_strides
+
+# what a program prepares: channels of x, heads of a group, channels of a ring that is folded
+BLOCK, BLOCK_HEADS, FOLD_DIM = 512, 32, 32
 
 
 class StepWeights(NamedTuple):
@@ -63,7 +67,7 @@ def mixer_step(
     heads, head_dim, groups, state = (constants[k] for k in ("HEADS", "HEAD_DIM", "GROUPS", "STATE"))
     rows, width = len(projected), slots.conv.shape[1]
     if launch is None:
-        launch = tuning_for(projected.device, slots.ssm.dtype).launch_for(rows, heads // groups)
+        launch = tuning_for(projected.device, slots.ssm.dtype).launch_for(rows)
     inner, channels = heads * head_dim, slots.conv.shape[2]
     columns = inner + (0 if weights.norm is None else sum_columns(heads))
     if (
@@ -77,35 +81,31 @@ def mixer_step(
             f"{tuple(weights.A.shape)} do not fit slots of {heads} heads x {head_dim} x {state}, {channels} channels "
             f"and a plan of {plan.num_tokens} tokens: expected {inner + channels + heads} and {columns} columns"
         )
-    replay = constants["REPLAY"]
-    step_kernel[heads // launch.heads, rows](
-        projected,
-        out,
-        weights.taps,
-        weights.conv_bias,
-        weights.A,
-        weights.D,
-        weights.dt_bias,
-        weights.norm,
-        plan.slots,
-        plan.lengths,
-        *slots,
-        projected.stride(0),
-        out.stride(0),
-        plan.slots.stride(0),
-        *slot_strides(slots),
-        *dt_limit,
-        **constants,
-        WIDTH=width,
-        HEADS_PER_PROGRAM=launch.heads,
-        BIAS=weights.conv_bias is not None,
-        GATED=weights.norm is not None,
-        PLAIN=not (replay and launch.replays),
-        num_warps=launch.num_warps,
-        maxnreg=launch.max_registers,
-    )
-    if replay and launch.replays:
-        tensors = (slots.ssm, slots.scale, slots.ring_x, slots.ring_b, slots.ring_dt)
-        fold_kernel[-(-heads // replay), rows](
-            weights.A, plan.slots, plan.lengths, *tensors, plan.slots.stride(0), *slot_strides(tensors), **constants
-        )
+    bias, gated = weights.conv_bias is not None, weights.norm is not None
+    parameters = (weights.taps, weights.conv_bias, weights.A, weights.D, weights.dt_bias)
+    if not (launch.replays and constants["REPLAY"]):
+        step_kernel[heads, rows](
+            projected, out, *parameters, weights.norm, plan.slots, plan.lengths, *slots,
+            projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(slots), *dt_limit,
+            **constants, WIDTH=width, BIAS=bias, GATED=gated,
+            num_warps=launch.num_warps, maxnreg=launch.max_registers,
+        )  # fmt: skip
+        return
+    convolved = projected.new_empty(rows, channels)
+    factors = projected.new_empty(rows, heads * (constants["REPLAY"] + 3), dtype=torch.float32)
+    of_group, fold_dim = heads // groups, min(FOLD_DIM, head_dim)
+    block_heads = min(BLOCK_HEADS, triton.next_power_of_2(of_group))
+    folds = -(-heads // constants["REPLAY"]) * (head_dim // fold_dim)
+    programs = folds + groups * -(-of_group // block_heads) + -(-inner // BLOCK)
+    prepare_kernel[programs, rows](
+        projected, convolved, factors, *parameters, plan.slots, plan.lengths, *slots,
+        projected.stride(0), plan.slots.stride(0), *slot_strides(slots), *dt_limit,
+        **constants, WIDTH=width, BIAS=bias,
+        BLOCK=BLOCK, BLOCK_HEADS=block_heads, FOLD_DIM=fold_dim,
+    )  # fmt: skip
+    read = slots[1:]
+    replay_kernel[heads, rows](
+        projected, convolved, factors, out, weights.norm, plan.slots, plan.lengths, *read,
+        projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(read),
+        **constants, GATED=gated, num_warps=launch.num_warps, maxnreg=launch.max_registers,
+    )  # fmt: skip

@@ -1,13 +1,12 @@
-"""One decode step of a whole mixer, in one or two Triton kernels; symbols and equations in ../README.md.
+"""One decode step of a whole mixer in Triton; symbols and equations in ../README.md.
 
-`step_kernel` does the step. A program serves some heads of one row, one after the other. It convolves their channels
-of x, and B and C, which it shares with the other programs of the row, without waiting for anybody: inputs of the
-convolution stand in a ring of `WIDTH` entries indexed by the token's position, of which a step reads all but the one
-that it writes.
+`step_kernel` does it at once and writes the state. Where states are replayed, `prepare_kernel` does what a row needs
+once and folds the rings that are full; `replay_kernel` behind it is left with a head's state and ring, which it asks
+for before anything else: it has to keep the memory busy, and is launched with as few warps as do that, so that they
+have nothing to do twice and nobody to wait for.
 
-A head's state is asked for before anything that it is combined with is computed, and stays as it is stored until it is
-used: registers decide how many programs an SM runs at once, and that how close it comes to the memory's speed.
-`fold_kernel` comes behind it where states are replayed: the little that it does would cost the step its registers.
+Inputs of the convolution stand in a ring of `WIDTH` entries indexed by the token's position, of which a step reads all
+but the one that it writes: programs of a row share B and C without waiting for each other.
 """
 
 import triton
@@ -45,29 +44,37 @@ def convolve(
 
 
 @triton.jit
-def product(x, b, PARTS: tl.constexpr):
-    """x b in fp32 on tensor cores: every product of x and b, split into bf16 numbers, is exact.
+def product(x, b, X_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
+    """x b in fp32 on tensor cores, [M, K] times [K, N], both in parts of bf16, so that every product is exact.
 
-    x is fp32 [channels, tokens], three parts; b [tokens, STATE] has as many as its precision needs.
+    Three parts hold an fp32 number, two one in fp16.
     """
     sums = tl.zeros([x.shape[0], b.shape[1]], tl.float32)
-    for _ in tl.static_range(3):
-        high = x.to(tl.bfloat16)
-        x -= high.to(tl.float32)
-        rest = b.to(tl.float32)
-        for _ in tl.static_range(PARTS):
-            part = rest.to(tl.bfloat16)
-            rest -= part.to(tl.float32)
+    left = x.to(tl.float32)
+    for _ in tl.static_range(X_PARTS):
+        high = left.to(tl.bfloat16)
+        left -= high.to(tl.float32)
+        right = b.to(tl.float32)
+        for _ in tl.static_range(B_PARTS):
+            part = right.to(tl.bfloat16)
+            right -= part.to(tl.float32)
             sums = tl.dot(high, part, sums)
     return sums
 
 
 @triton.jit
+def times_vector(x, vector, X_PARTS: tl.constexpr, PARTS: tl.constexpr):
+    """x [M, K] times a vector [K]: the narrowest matrix that tensor cores take, all columns alike."""
+    columns = tl.broadcast_to(vector[:, None], [vector.shape[0], 8])
+    return tl.sum(product(x, columns, X_PARTS, PARTS), 1) * 0.125
+
+
+@triton.jit
 def fold(
-    state, after, a, newest, ring_x, ring_b, ring_dt, p, n,
+    state, a, newest, ring_x, ring_b, ring_dt, p, n,
     X_STRIDE: tl.constexpr, B_STRIDE: tl.constexpr, REPLAY: tl.constexpr,
 ):  # fmt: skip
-    """A checkpoint and the ring's tokens: the state `after` time after the newest of them, at position `newest`.
+    """A checkpoint and the ring's tokens: the state behind the newest of them, at position `newest`.
 
     Entries whose dt is 0 are empty: what they hold may be NaN. Time is added up from the newest token on, so that
     recent ones lose nothing.
@@ -78,11 +85,11 @@ def fold(
     index = (newest + 1 + k) % REPLAY  # oldest first
     times = tl.load(ring_dt + index, mask=k < REPLAY, other=0)
     live = times > 0
-    since = tl.cumsum(times, 0, reverse=True) - times + after
+    since = tl.cumsum(times, 0, reverse=True) - times
     x = tl.load(ring_x + index[None, :] * X_STRIDE + p[:, None], mask=live[None, :], other=0).to(tl.float32)
     b = tl.load(ring_b + index[:, None] * B_STRIDE + n[None, :], mask=live[:, None], other=0)
     x *= (times * tl.exp(a * since))[None, :]
-    return state * tl.exp(a * (tl.sum(times, 0) + after)) + product(x, b, PARTS)
+    return state * tl.exp(a * tl.sum(times, 0)) + product(x, b, 3, PARTS)
 
 
 @triton.jit
@@ -93,9 +100,9 @@ def in_two(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def tile_of(head, p, n):
-    """A head's channels [HEAD_DIM], and where each value of its state stands [HEAD_DIM, STATE]."""
-    rows = head * p.shape[0] + p
+def tile_of(first, p, n):
+    """Channels from `first` on, [P], and where each value of their state stands, [P, STATE]."""
+    rows = first + p
     return rows, rows[:, None] * n.shape[0] + n[None, :]
 
 
@@ -134,17 +141,6 @@ def store_state(state, ssm, scale, rows, tile, position, QUANTISED: tl.constexpr
 
 
 @triton.jit
-def convolved_x(
-    xbc, newest, conv, weight, bias, rows, position, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr
-):
-    """x of some channels [rows]; its newest input goes to the ring."""
-    new = tl.load(xbc + rows)
-    x = convolve(new, conv, weight, bias, rows, position, CHANNELS, WIDTH, BIAS)
-    tl.store(newest + rows, new)
-    return x
-
-
-@triton.jit
 def gated(y, projected, norm_weight, out, rows, GATED: tl.constexpr):
     """Store y of some channels, gated and weighted if asked to; returns the sum of squares of what is gated."""
     squares = 0.0
@@ -157,6 +153,28 @@ def gated(y, projected, norm_weight, out, rows, GATED: tl.constexpr):
 
 
 @triton.jit
+def store_sum(squares, out, column):
+    """The sum of squares of a head's channels as two numbers of the output's precision."""
+    high, low = in_two(squares, out.dtype.element_ty)
+    tl.store(out + column, high)
+    tl.store(out + column + 1, low)
+
+
+@triton.jit
+def store_padding(out, rows, column, GATED: tl.constexpr):
+    """What is added up over ranks and scaled later must be finite."""
+    zero = tl.zeros([rows.shape[0]], out.dtype.element_ty)
+    tl.store(out + rows, zero)
+    if GATED:
+        tl.store(out + column + tl.arange(0, 2), tl.zeros([2], out.dtype.element_ty))
+
+
+@triton.jit
+def time_step(dt, dt_bias, low, high):
+    return tl.minimum(tl.maximum(softplus(dt.to(tl.float32) + dt_bias.to(tl.float32)), low), high)
+
+
+@triton.jit
 def step_kernel(
     projected, out, conv_weight, conv_bias, a_ptr, d_ptr, dt_bias, norm_weight, slots, lengths,
     conv, ssm, scale, ring_x, ring_b, ring_dt,
@@ -164,133 +182,218 @@ def step_kernel(
     conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
     dt_low, dt_high,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr, WIDTH: tl.constexpr,
-    REPLAY: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
-    BIAS: tl.constexpr, GATED: tl.constexpr, QUANTISED: tl.constexpr, PLAIN: tl.constexpr,
+    REPLAY: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, QUANTISED: tl.constexpr,
 ):  # fmt: skip
-    part, row = tl.program_id(0), tl.program_id(1)
-    first_head = part * HEADS_PER_PROGRAM
+    """A whole step that writes the state; a program a head and row."""
+    head, row = tl.program_id(0), tl.program_id(1)
     inner: tl.constexpr = HEADS * HEAD_DIM
     bc: tl.constexpr = GROUPS * STATE
     channels: tl.constexpr = inner + 2 * bc
     p, n = tl.arange(0, HEAD_DIM), tl.arange(0, STATE)
+    rows, values = tile_of(head * HEAD_DIM, p, n)
     out += row * out_stride
-    projected += row * projected_stride
     slot = tl.load(slots + row * slots_stride).to(tl.int64)
-    if slot == 0:  # padding: what is added up over ranks and scaled later must be finite
-        for i in range(HEADS_PER_PROGRAM):
-            rows = (first_head + i) * HEAD_DIM + p
-            tl.store(out + rows, tl.zeros([HEAD_DIM], out.dtype.element_ty))
-        if GATED:
-            sums = inner + 2 * first_head + tl.arange(0, 2 * HEADS_PER_PROGRAM)
-            tl.store(out + sums, tl.zeros([2 * HEADS_PER_PROGRAM], out.dtype.element_ty))
+    if slot == 0:
+        store_padding(out, rows, inner + 2 * head, GATED)
         return
     position = tl.load(lengths + row) - 1
     conv += slot * conv_stride
     ssm += slot * ssm_stride
     if QUANTISED:
         scale += slot * scale_stride
-    kept = tl.load(ssm + tile_of(first_head, p, n)[1])  # [HEAD_DIM, STATE]
+    kept = tl.load(ssm + values)
+    projected += row * projected_stride
     xbc = projected + inner
-    group = first_head // (HEADS // GROUPS)
-    leads = first_head % (HEADS // GROUPS) == 0  # writes what the group's programs share
+    newest = conv + position % WIDTH * channels
+    group = head // (HEADS // GROUPS)
 
     b_channels = inner + group * STATE + n
     b_new, c_new = tl.load(xbc + b_channels), tl.load(xbc + b_channels + bc)
     b = convolve(b_new, conv, conv_weight, conv_bias, b_channels, position, channels, WIDTH, BIAS)
     c = convolve(c_new, conv, conv_weight, conv_bias, b_channels + bc, position, channels, WIDTH, BIAS)
-    newest = conv + position % WIDTH * channels
-    if leads:
+    if head % (HEADS // GROUPS) == 0:  # one for the group
         tl.store(newest + b_channels, b_new)
         tl.store(newest + b_channels + bc, c_new)
-    if REPLAY > 0:
-        ring_x += slot * ring_x_stride
-        ring_b += slot * ring_b_stride + group * STATE
-        ring_dt += slot * ring_dt_stride
-        entry = position % REPLAY
-    if not PLAIN:
-        k = tl.arange(0, REPLAY)
-        index = (position + 1 + k) % REPLAY  # oldest first; the last is this token's
-        is_new = k == REPLAY - 1
-        is_old = k < REPLAY - 1
-        ring = ring_b + index[:, None] * bc + n[None, :]
-        bs_c = tl.sum(tl.load(ring, mask=is_old[:, None], other=0).to(tl.float32) * c[None, :], 1)
-        bs_c = tl.where(is_new, tl.sum(b * c, 0), bs_c)  # [REPLAY], of use where a head has a token
-        if leads:
-            tl.store(ring_b + entry * bc + n, b.to(ring_b.dtype.element_ty))
+    x_new = tl.load(xbc + rows)
+    x = convolve(x_new, conv, conv_weight, conv_bias, rows, position, channels, WIDTH, BIAS)
+    tl.store(newest + rows, x_new)
 
-    for i in range(HEADS_PER_PROGRAM):
-        head = first_head + i
-        rows, values = tile_of(head, p, n)
-        if HEADS_PER_PROGRAM > 1:
-            ahead = tl.load(ssm + values + HEAD_DIM * STATE, mask=i < HEADS_PER_PROGRAM - 1)
-        a = tl.load(a_ptr + head)
-        dt = tl.load(projected + inner + channels + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
-        dt = tl.minimum(tl.maximum(softplus(dt), dt_low), dt_high)
-        skip = tl.load(d_ptr + head).to(tl.float32)
-        if REPLAY > 0:
-            dts = ring_dt + head * REPLAY
-            xs = ring_x + head * REPLAY * HEAD_DIM
-        if PLAIN:
-            x = convolved_x(xbc, newest, conv, conv_weight, conv_bias, rows, position, channels, WIDTH, BIAS)
-            state = widened(kept, scale, rows, QUANTISED)
-            if REPLAY > 0:  # noqa: SIM102  known when compiling: without a ring there is nothing to load
-                if tl.sum(tl.load(dts + tl.arange(0, REPLAY)), 0) > 0:  # not written since
-                    state = fold(state, 0 * a, a, position - 1, xs, ring_b, dts, p, n, HEAD_DIM, bc, REPLAY)
-                    tl.store(dts + tl.arange(0, REPLAY), tl.zeros([REPLAY], tl.float32))
-            state = state * tl.exp(dt * a) + (dt * x)[:, None] * b[None, :]
-            y = tl.sum(state * c[None, :], 1) + skip * x
-            squares = gated(y, projected, norm_weight, out, rows, GATED)
-            store_state(state, ssm, scale, rows, values, position, QUANTISED)
-        else:
-            times = tl.where(is_new, dt, tl.load(dts + index, mask=is_old, other=0))  # [REPLAY]
-            after = tl.cumsum(times, 0, reverse=True) - times  # time since each of them
-            live = times > 0
-            along = tl.where(live, times * tl.exp(a * after) * bs_c, 0)
-            past = xs + index[:, None] * HEAD_DIM + p[None, :]
-            past = tl.load(past, mask=(is_old & live)[:, None], other=0).to(tl.float32)
-            x = convolved_x(xbc, newest, conv, conv_weight, conv_bias, rows, position, channels, WIDTH, BIAS)
-            past = tl.where(is_new[:, None], x[None, :], past)  # [REPLAY, HEAD_DIM]
-            y = tl.exp(a * tl.sum(times, 0)) * tl.sum(kept.to(tl.float32) * c[None, :], 1)
-            if QUANTISED:
-                y *= tl.load(scale + rows)
-            y += tl.sum(along[:, None] * past, 0) + skip * x
-            squares = gated(y, projected, norm_weight, out, rows, GATED)
-            tl.store(xs + entry * HEAD_DIM + p, x.to(ring_x.dtype.element_ty))
-            tl.store(dts + entry, dt)
-        if GATED:
-            high, low = in_two(squares, out.dtype.element_ty)
-            tl.store(out + inner + 2 * head, high)
-            tl.store(out + inner + 2 * head + 1, low)
-        if HEADS_PER_PROGRAM > 1:
-            kept = ahead
+    a = tl.load(a_ptr + head)
+    dt = time_step(tl.load(xbc + channels + head), tl.load(dt_bias + head), dt_low, dt_high)
+    state = widened(kept, scale, rows, QUANTISED)
+    if REPLAY > 0:
+        ring_x += slot * ring_x_stride + head * REPLAY * HEAD_DIM
+        ring_b += slot * ring_b_stride + group * STATE
+        ring_dt += slot * ring_dt_stride + head * REPLAY
+        entries = tl.arange(0, REPLAY)
+        if tl.sum(tl.load(ring_dt + entries), 0) > 0:  # tokens that a larger batch has left
+            state = fold(state, a, position - 1, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, bc, REPLAY)
+            tl.store(ring_dt + entries, tl.zeros([REPLAY], tl.float32))
+    state = state * tl.exp(dt * a) + (dt * x)[:, None] * b[None, :]
+    y = tl.sum(state * c[None, :], 1) + tl.load(d_ptr + head).to(tl.float32) * x
+    squares = gated(y, projected, norm_weight, out, rows, GATED)
+    store_state(state, ssm, scale, rows, values, position, QUANTISED)
+    if GATED:
+        store_sum(squares, out, inner + 2 * head)
 
 
 @triton.jit
-def fold_kernel(
-    a_ptr, slots, lengths, ssm, scale, ring_x, ring_b, ring_dt,
-    slots_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr,
-    REPLAY: tl.constexpr, QUANTISED: tl.constexpr,
+def folded_head(part, position, REPLAY: tl.constexpr):
+    """The `part`-th of the heads whose ring is full in front of a step; each is once in REPLAY steps."""
+    return part * REPLAY + (REPLAY - position % REPLAY) % REPLAY
+
+
+@triton.jit
+def prepare_kernel(
+    projected, convolved, factors, conv_weight, conv_bias, a_ptr, d_ptr, dt_bias, slots, lengths,
+    conv, ssm, scale, ring_x, ring_b, ring_dt,
+    projected_stride, slots_stride,
+    conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
+    dt_low, dt_high,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr, WIDTH: tl.constexpr,
+    REPLAY: tl.constexpr, BIAS: tl.constexpr, QUANTISED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, FOLD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Fold the rings that the step has filled, one head in REPLAY of each row; a program a head and row."""
-    row = tl.program_id(1)
+    """What a replayed step needs beside states. A row has programs of three kinds, which need not wait for each other:
+
+    - one for each FOLD_DIM channels of a head whose ring is full: fold it;
+    - one for each BLOCK_HEADS heads of a group: convolve B and C, and find the heads' factors;
+    - one for each BLOCK of x: convolve it.
+
+    Rings stay as they are: the step itself empties the folded ones and adds the new token.
+
+    `convolved` is [rows, x | B | C]. `factors` is fp32 [rows, ring | decay | new | dt]: what the x of each ring entry
+    counts for, HEADS x REPLAY; how far each head's checkpoint has decayed; what its new x counts for; its time step.
+    """
+    part, row = tl.program_id(0), tl.program_id(1)
+    inner: tl.constexpr = HEADS * HEAD_DIM
+    bc: tl.constexpr = GROUPS * STATE
+    channels: tl.constexpr = inner + 2 * bc
+    FOLDED: tl.constexpr = (HEADS + REPLAY - 1) // REPLAY  # heads
+    FOLDS: tl.constexpr = FOLDED * (HEAD_DIM // FOLD_DIM)
+    PARTS: tl.constexpr = (HEADS // GROUPS + BLOCK_HEADS - 1) // BLOCK_HEADS  # of a group
     slot = tl.load(slots + row * slots_stride).to(tl.int64)
     if slot == 0:
         return
     position = tl.load(lengths + row) - 1
-    head = tl.program_id(0) * REPLAY + (2 * REPLAY - 1 - position % REPLAY) % REPLAY
-    if head >= HEADS:
+    conv += slot * conv_stride
+    ring_b += slot * ring_b_stride
+    ring_dt += slot * ring_dt_stride
+    xbc = projected + row * projected_stride + inner
+    newest = conv + position % WIDTH * channels
+    convolved += row * channels
+    n = tl.arange(0, STATE)
+
+    if part < FOLDS:
+        head = folded_head(part % FOLDED, position, REPLAY)
+        if head < HEADS:
+            p = part // FOLDED * FOLD_DIM + tl.arange(0, FOLD_DIM)
+            rows, values = tile_of(head * HEAD_DIM, p, n)
+            ssm += slot * ssm_stride
+            if QUANTISED:
+                scale += slot * scale_stride
+            ring_x += slot * ring_x_stride + head * REPLAY * HEAD_DIM
+            ring_b += head // (HEADS // GROUPS) * STATE
+            ring_dt += head * REPLAY
+            state = widened(tl.load(ssm + values), scale, rows, QUANTISED)
+            a = tl.load(a_ptr + head)
+            state = fold(state, a, position - 1, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, bc, REPLAY)
+            store_state(state, ssm, scale, rows, values, position, QUANTISED)
+    elif part < FOLDS + GROUPS * PARTS:
+        group, of_group = (part - FOLDS) // PARTS, (part - FOLDS) % PARTS
+        own = inner + group * STATE + n
+        b_new, c_new = tl.load(xbc + own), tl.load(xbc + own + bc)
+        b = convolve(b_new, conv, conv_weight, conv_bias, own, position, channels, WIDTH, BIAS)
+        c = convolve(c_new, conv, conv_weight, conv_bias, own + bc, position, channels, WIDTH, BIAS)
+        if of_group == 0:
+            tl.store(newest + own, b_new)
+            tl.store(newest + own + bc, c_new)
+            tl.store(convolved + own, b.to(convolved.dtype.element_ty))
+            tl.store(convolved + own + bc, c.to(convolved.dtype.element_ty))
+
+        k = tl.arange(0, REPLAY)
+        index = (position + 1 + k) % REPLAY  # oldest first; the last is the new token's
+        is_old = k < REPLAY - 1
+        ring = ring_b + index[:, None] * bc + group * STATE + n[None, :]
+        b_c = tl.sum(tl.load(ring, mask=is_old[:, None], other=0).to(tl.float32) * c[None, :], 1)
+        in_group = of_group * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        some = in_group < HEADS // GROUPS
+        head = group * (HEADS // GROUPS) + in_group
+        a, bias = tl.load(a_ptr + head, mask=some, other=0), tl.load(dt_bias + head, mask=some, other=0)
+        dt = time_step(tl.load(xbc + channels + head, mask=some, other=0), bias, dt_low, dt_high)
+        live = some & (head % REPLAY != folded_head(0, position, REPLAY))
+        entries = head[:, None] * REPLAY + index[None, :]
+        times = tl.load(ring_dt + entries, mask=live[:, None] & is_old[None, :], other=0)  # [heads, REPLAY]
+        since = tl.cumsum(times, 1, reverse=True) - times + dt[:, None]
+        # B of an empty entry may be NaN
+        counts = tl.where(times > 0, times * tl.exp(a[:, None] * since) * b_c[None, :], 0)
+        factors += row * HEADS * (REPLAY + 3)
+        tl.store(factors + entries, counts, mask=some[:, None])
+        factors += HEADS * REPLAY
+        tl.store(factors + head, tl.exp(a * (tl.sum(times, 1) + dt)), mask=some)
+        skip = tl.load(d_ptr + head, mask=some, other=0).to(tl.float32)
+        tl.store(factors + HEADS + head, dt * tl.sum(b * c, 0) + skip, mask=some)
+        tl.store(factors + 2 * HEADS + head, dt, mask=some)
+    else:
+        block = (part - FOLDS - GROUPS * PARTS) * BLOCK + tl.arange(0, BLOCK)
+        inside = block < inner
+        block = tl.where(inside, block, 0)
+        x_new = tl.load(xbc + block)
+        x = convolve(x_new, conv, conv_weight, conv_bias, block, position, channels, WIDTH, BIAS)
+        tl.store(newest + block, x_new, mask=inside)
+        tl.store(convolved + block, x.to(convolved.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def replay_kernel(
+    projected, convolved, factors, out, norm_weight, slots, lengths,
+    ssm, scale, ring_x, ring_b, ring_dt,
+    projected_stride, out_stride, slots_stride,
+    ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr,
+    REPLAY: tl.constexpr, GATED: tl.constexpr, QUANTISED: tl.constexpr,
+):  # fmt: skip
+    """The step behind `prepare_kernel`: reads a checkpoint and its ring, adds the token to the ring."""
+    head, row = tl.program_id(0), tl.program_id(1)
+    inner: tl.constexpr = HEADS * HEAD_DIM
+    bc: tl.constexpr = GROUPS * STATE
+    TOKENS: tl.constexpr = REPLAY if REPLAY > 16 else 16  # the least that tensor cores take
+    p, n, k = tl.arange(0, HEAD_DIM), tl.arange(0, STATE), tl.arange(0, TOKENS)
+    rows, values = tile_of(head * HEAD_DIM, p, n)
+    out += row * out_stride
+    slot = tl.load(slots + row * slots_stride).to(tl.int64)
+    if slot == 0:
+        store_padding(out, rows, inner + 2 * head, GATED)
         return
-    p, n = tl.arange(0, HEAD_DIM), tl.arange(0, STATE)
-    rows, values = tile_of(head, p, n)
-    ssm += slot * ssm_stride
-    if QUANTISED:
-        scale += slot * scale_stride
+    kept = tl.load(ssm + slot * ssm_stride + values)  # [HEAD_DIM, STATE]
+    factors += row * HEADS * (REPLAY + 3)
+    counts = tl.load(factors + head * REPLAY + k, mask=k < REPLAY, other=0)
     ring_x += slot * ring_x_stride + head * REPLAY * HEAD_DIM
-    ring_b += slot * ring_b_stride + head // (HEADS // GROUPS) * STATE
-    ring_dt += slot * ring_dt_stride + head * REPLAY
-    a = tl.load(a_ptr + head)
-    state = widened(tl.load(ssm + values), scale, rows, QUANTISED)
-    state = fold(state, 0 * a, a, position, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, GROUPS * STATE, REPLAY)
-    store_state(state, ssm, scale, rows, values, position, QUANTISED)
-    tl.store(ring_dt + tl.arange(0, REPLAY), tl.zeros([REPLAY], tl.float32))
+    past = tl.load(ring_x + k[None, :] * HEAD_DIM + p[:, None], mask=(counts != 0)[None, :], other=0)
+    convolved += row * (inner + 2 * bc)
+    group = head // (HEADS // GROUPS)
+    b = convolved + inner + group * STATE + n
+    x = tl.load(convolved + rows)
+    factors += HEADS * REPLAY + head
+
+    STORED: tl.constexpr = ssm.dtype.element_ty
+    STATE_PARTS: tl.constexpr = 3 if tl.float32 == STORED else 2 if tl.float16 == STORED else 1
+    X_PARTS: tl.constexpr = 1 if ring_x.dtype.element_ty == tl.bfloat16 else 3
+    C_PARTS: tl.constexpr = 1 if convolved.dtype.element_ty == tl.bfloat16 else 3
+    y = times_vector(kept, tl.load(b + bc), STATE_PARTS, C_PARTS) * tl.load(factors)
+    if QUANTISED:
+        y *= tl.load(scale + slot * scale_stride + rows)
+    y += times_vector(past, counts, X_PARTS, 3) + tl.load(factors + HEADS) * x.to(tl.float32)
+    squares = gated(y, projected + row * projected_stride, norm_weight, out, rows, GATED)
+    if GATED:
+        store_sum(squares, out, inner + 2 * head)
+
+    position = tl.load(lengths + row) - 1
+    entry = position % REPLAY
+    tl.store(ring_x + entry * HEAD_DIM + p, x)
+    times = tl.where(k == entry, tl.load(factors + 2 * HEADS), 0)
+    emptied = head % REPLAY == folded_head(0, position, REPLAY)
+    changed = tl.where(emptied, k < REPLAY, k == entry)
+    tl.store(ring_dt + slot * ring_dt_stride + head * REPLAY + k, times, mask=changed)
+    if head % (HEADS // GROUPS) == 0:  # one for the group
+        tl.store(ring_b + slot * ring_b_stride + entry * bc + group * STATE + n, tl.load(b))

@@ -15,7 +15,7 @@ def read_kernel(
 ):  # fmt: skip
     head, sequence = tl.program_id(0), tl.program_id(1)
     p, n = tl.arange(0, HEAD_DIM), tl.arange(0, STATE)
-    rows, tile = tile_of(head, p, n)
+    rows, tile = tile_of(head * HEAD_DIM, p, n)
     states += sequence.to(tl.int64) * HEADS * HEAD_DIM * STATE
     if tl.load(continues + sequence) == 0:
         tl.store(states + tile, tl.zeros([HEAD_DIM, STATE], tl.float32))
@@ -29,7 +29,7 @@ def read_kernel(
         ring_b += slot * ring_b_stride + head // (HEADS // GROUPS) * STATE
         ring_dt += slot * ring_dt_stride + head * REPLAY
         position, a = tl.load(lengths + sequence), tl.load(a_ptr + head)
-        state = fold(state, 0 * a, a, position - 1, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, GROUPS * STATE, REPLAY)
+        state = fold(state, a, position - 1, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, GROUPS * STATE, REPLAY)
     tl.store(states + tile, state)
 
 
@@ -41,7 +41,7 @@ def write_kernel(
 ):  # fmt: skip
     head, sequence = tl.program_id(0), tl.program_id(1)
     p, n = tl.arange(0, HEAD_DIM), tl.arange(0, STATE)
-    rows, tile = tile_of(head, p, n)
+    rows, tile = tile_of(head * HEAD_DIM, p, n)
     slot = tl.load(slots + sequence).to(tl.int64)
     if QUANTISED:
         scale += slot * scale_stride

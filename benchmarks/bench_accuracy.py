@@ -115,13 +115,12 @@ class Mixer(torch.nn.Module):
         self.mixer, self.plan, self.limit, self.inner = mixer, plan, shape.time_step_limit, shape.mamba_intermediate
         taps, A = mixer.conv1d.weight[:, 0].t().contiguous(), -mixer.A_log.float().exp()
         self.weights = StepWeights(taps, mixer.conv1d.bias, A, mixer.D, mixer.dt_bias, norm=None)
-        self.slots, self.launches, heads_a_group = [], [], shape.mamba_heads // shape.mamba_groups
+        self.slots, self.launches = [], []
         for state_dtype, replay in precisions:
             form = SlotFormat(mixer_shard(shape, 1), shape.conv_width, taps.dtype, state_dtype, replay)
             self.slots.append(empty_slots(form, plan))
-            tuning = tuning_for(taps.device, state_dtype)
-            launch = tuning.launch_for(plan.num_tokens, heads_a_group)
-            self.launches.append(replace(launch, replays=True))  # small batches would leave the ring alone
+            of_many = tuning_for(taps.device, state_dtype).launches[-1][1]  # that of few would leave the ring alone
+            self.launches.append(of_many)
 
     def forward(self, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
         """One token of every row, [precisions * rows, 1, hidden size] in and out."""

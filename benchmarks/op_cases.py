@@ -213,8 +213,8 @@ def step(p: Problem) -> Case:
 def fused_step(p: Problem, int8: bool = False, launches: "Mapping[str, Launch] | None" = None) -> Case:
     """The whole step between a mixer's projections; vLLM's is its convolution and its state update.
 
-    `launches` are by name, all replaying, with rings as they are on average, or none; without them what is tuned for the
-    batch.
+    `launches` are by name, all replaying, with rings as they are on average, or none; without them what is tuned for
+    the batch.
     """
     from vllm_bamba.ops.mixer_step import StepWeights, mixer_step
     from vllm_bamba.ops.mixer_step.reference import mixer_step_reference

@@ -15,8 +15,9 @@ operator `vllm::mamba_mixer2`
     Slots and chunks of the batch. Goes when the plugin has a metadata builder of its own.
 `vllm.model_executor.layers.mamba.ops`
     The operators underneath ours. Goes operator by operator, as each gets a kernel of its own.
-`cache_results` of its autotuned scan kernels (Triton 3.6 and 3.9)
-    Starts after the first need not try launches out again. Goes with the scan's kernels.
+`configs`, `cache` and `cache_results` of its autotuned scan kernels (Triton 3.6 and 3.9)
+    Starts need not try launches out: those known to be fast are fixed, what was found is kept. Goes with the scan's
+    kernels.
 `find_matched_target` (by the name of `mixer.InProjectionLinear`)
     compressed-tensors' target "Linear" is looked for in a layer's class name. Goes when vLLM asks for the base class.
 `CacheConfig.mamba_ssm_cache_dtype`
@@ -63,7 +64,7 @@ Two of these work round bugs of vLLM's prefix caching, which serve wrong tokens:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -97,9 +98,12 @@ __all__ = [
     "MambaStateDtypeCalculator",
     "add_key",
     "align_blocks",
+    "autotuned_kernels",
     "before_allocation",
     "check_options",
     "choose_state_dtype",
+    "fix_launches",
+    "forget_autotuning",
     "free_blocks_in_order",
     "is_conv_state_dim_first",
     "keep_autotuning",
@@ -150,17 +154,48 @@ def mix_opaquely(projected: torch.Tensor, mixed: torch.Tensor, layer_name: str) 
     torch.ops.vllm.mamba_mixer2(projected, mixed, _encode_layer_name(layer_name))
 
 
+def autotuned_kernels(*modules: ModuleType) -> dict[str, Any]:
+    """The kernels of these modules that Triton autotunes, by name."""
+    from triton.runtime.autotuner import Autotuner
+
+    found = {name: kernel for module in modules for name, kernel in vars(module).items()}
+    return {name: kernel for name, kernel in found.items() if isinstance(kernel, Autotuner)}
+
+
 def keep_autotuning(*modules: ModuleType) -> None:
     """Have Triton keep on disk, beside the compiled kernels, which launch it found fastest for those of these modules.
 
     A later start then takes the same launch without trying all of them again, and sums in the same order.
     """
-    from triton.runtime.autotuner import Autotuner
+    for kernel in autotuned_kernels(*modules).values():
+        kernel.cache_results = True
 
-    for module in modules:
-        for kernel in vars(module).values():
-            if isinstance(kernel, Autotuner):
-                kernel.cache_results = True
+
+def forget_autotuning(*modules: ModuleType) -> None:
+    """Have Triton try the launches of these modules' kernels again."""
+    from vllm.model_executor.layers.mamba.ops import triton_helpers
+
+    for kernel in autotuned_kernels(*modules).values():
+        kernel.cache_results = False
+        kernel.cache.clear()
+    getattr(triton_helpers, "_autotuned_configs", {}).clear()  # vLLM's own record, since 0.33
+
+
+def fix_launches(launches: Mapping[str, Mapping[str, int]], *modules: ModuleType) -> None:
+    """Launch autotuned kernels of these modules in one way, without trying others.
+
+    Args:
+        launches: tile sizes, num_warps and num_stages, by kernel; one that vLLM no longer has is left out.
+        modules: where the kernels are.
+    """
+    from triton import Config
+
+    kernels = autotuned_kernels(*modules)
+    for name in launches.keys() & kernels.keys():
+        tile = dict(launches[name])
+        options = {option: tile.pop(option) for option in ("num_warps", "num_stages")}
+        if all(tile.keys() == config.kwargs.keys() for config in kernels[name].configs):
+            kernels[name].configs = [Config(tile, **options)]
 
 
 def state_backend(head_dim: int, dtype: torch.dtype, kv_cache_dtype: str | None) -> type[AttentionBackend]:

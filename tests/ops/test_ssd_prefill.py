@@ -30,7 +30,7 @@ from triton.runtime.autotuner import Autotuner
 from vllm.model_executor.layers.mamba.ops import ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_state_passing
 from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadataBuilder
 
-from vllm_bamba.compat import keep_autotuning
+from vllm_bamba.compat import fix_launches, keep_autotuning
 from vllm_bamba.ops.ssd_prefill import kernels, ssd_prefill
 from vllm_bamba.ops.ssd_prefill.reference import ssd_prefill_reference
 from vllm_bamba.ops.ssm_step import ssm_step
@@ -356,6 +356,21 @@ def test_what_autotuning_found_is_kept_for_the_next_start() -> None:
     keep_autotuning(module)
     assert module.tuned.cache_results
     assert not hasattr(module.other, "cache_results")
+
+
+def test_launches_can_be_fixed_where_the_kernel_still_has_such_tiles() -> None:
+    @triton.jit
+    def kernel(N: tl.constexpr):
+        pass
+
+    module = ModuleType("kernels")
+    for name in ("fixed", "changed", "left"):
+        setattr(module, name, triton.autotune([triton.Config({"N": n}) for n in (1, 2)], key=[])(kernel))
+    launch = {"num_warps": 2, "num_stages": 3}
+    fix_launches({"fixed": {"N": 4} | launch, "changed": {"M": 4} | launch, "gone": {"N": 4} | launch}, module)
+    (config,) = module.fixed.configs
+    assert (config.kwargs, config.num_warps, config.num_stages) == ({"N": 4}, 2, 3)
+    assert [len(kernel.configs) for kernel in (module.changed, module.left)] == [2, 2]
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from vllm_bamba.state import PrefillPlan
 if current_platform.is_cpu():
     from vllm_bamba.ops.ssd_prefill.cpu import scan
 else:
-    from vllm_bamba.ops.ssd_prefill.kernels import scan
+    from vllm_bamba.ops.ssd_prefill.kernels import scan, use_tuned_launches
 
 __all__ = ["ssd_prefill", "warm_up"]
 
@@ -81,6 +81,7 @@ def warm_up(
     """
     if device.type == "cpu":
         return  # the C++ kernel is made already
+    use_tuned_launches(x[1], B[1], chunk_size, device)
     tokens = {"dtype": dtype, "device": device}
     of_heads = torch.ones(x[0], **tokens)
     cache = torch.zeros(1, *x, B[1], dtype=state_dtype, device=device)

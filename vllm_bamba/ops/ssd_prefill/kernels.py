@@ -4,10 +4,18 @@ import torch
 from vllm.model_executor.layers.mamba.ops import ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_state_passing
 from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
 
-from vllm_bamba.compat import keep_autotuning
+from vllm_bamba.compat import fix_launches, keep_autotuning
+from vllm_bamba.ops.ssd_prefill.tuning import TUNED
 from vllm_bamba.state import PrefillPlan
 
-keep_autotuning(ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_state_passing)
+MODULES = (ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_state_passing)
+keep_autotuning(*MODULES)
+
+
+def use_tuned_launches(head_dim: int, state: int, chunk_size: int, device: torch.device) -> None:
+    """Have the kernels launched as the table says, where it has this GPU and these sizes."""
+    capability = torch.cuda.get_device_capability(device)
+    fix_launches(TUNED.get((capability, (head_dim, state, chunk_size)), {}), *MODULES)
 
 
 def scan(

@@ -1,8 +1,10 @@
 """The engine against Transformers in fp32, with the same weights: greedy tokens equal, every logprob within 1e-4."""
 
+import math
+
 import pytest
 import torch
-from parity import Engine, Reference, assert_same, check_low_precision, random_prompts, save_random
+from parity import Answer, Engine, Reference, assert_same, check_low_precision, random_prompts, save_random
 
 # lengths about the chunk (16) and the convolution's width (4), one token, and several blocks
 LENGTHS = [1, 2, 3, 4, 15, 16, 17, 33, 100]
@@ -141,3 +143,26 @@ def test_bfloat16_stays_as_close_to_fp32_as_transformers_in_bfloat16(tiny):
     with Engine(tiny, dtype="bfloat16") as engine:
         answers = engine.answers(prompts)
     check_low_precision(answers, Reference(tiny), Reference(tiny, torch.bfloat16))
+
+
+def test_low_precision_is_told_from_the_state_of_another_text(tiny):
+    exact, plain = Reference(tiny), Reference(tiny, torch.bfloat16)
+
+    def answer(prompt, generated, seen):
+        """What bf16 says of `generated` behind `seen`."""
+        logprobs = plain.logprobs(seen + generated)[len(seen) - 1 : -1]
+        of_generated = logprobs[torch.arange(len(generated)), torch.tensor(generated)].tolist()
+        return Answer(prompt, generated, [math.nan] * (len(prompt) - 1) + of_generated)
+
+    prompts, generated = random_prompts([20, 60, 90], vocabulary=1024), []
+    for prompt in prompts:
+        tokens = list(prompt)
+        for _ in range(5):
+            tokens.append(exact.logprobs(tokens)[-1].argmax().item())
+        generated.append(tokens[len(prompt) :])
+    answers = [answer(p, g, p) for p, g in zip(prompts, generated, strict=True)]
+    check_low_precision(answers, exact, plain)
+    other = random_prompts([30], vocabulary=1024, seed=9)[0] + prompts[1][30:]
+    answers[1] = answer(prompts[1], generated[1], other)
+    with pytest.raises(AssertionError, match="behind 60 tokens: error"):
+        check_low_precision(answers, exact, plain)

@@ -63,10 +63,12 @@ def product(x, b, X_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
 
 
 @triton.jit
-def times_vector(x, vector, X_PARTS: tl.constexpr, PARTS: tl.constexpr):
-    """x [M, K] times a vector [K]: the narrowest matrix that tensor cores take, all columns alike."""
-    columns = tl.broadcast_to(vector[:, None], [vector.shape[0], 8])
-    return tl.sum(product(x, columns, X_PARTS, PARTS), 1) * 0.125
+def times_vector(x, vector, X_PARTS: tl.constexpr, PARTS: tl.constexpr, ON_TENSOR_CORES: tl.constexpr):
+    """x [M, K] times a vector [K], in fp32; tensor cores take no narrower matrix than eight columns, all alike here."""
+    if ON_TENSOR_CORES:
+        columns = tl.broadcast_to(vector[:, None], [vector.shape[0], 8])
+        return tl.sum(product(x, columns, X_PARTS, PARTS), 1) * 0.125
+    return tl.sum(x.to(tl.float32) * vector.to(tl.float32)[None, :], 1)
 
 
 @triton.jit
@@ -86,8 +88,10 @@ def fold(
     times = tl.load(ring_dt + index, mask=k < REPLAY, other=0)
     live = times > 0
     since = tl.cumsum(times, 0, reverse=True) - times
-    x = tl.load(ring_x + index[None, :] * X_STRIDE + p[:, None], mask=live[None, :], other=0).to(tl.float32)
-    b = tl.load(ring_b + index[:, None] * B_STRIDE + n[None, :], mask=live[:, None], other=0)
+    # loaded without waiting for the times
+    x = tl.load(ring_x + index[None, :] * X_STRIDE + p[:, None]).to(tl.float32)
+    b = tl.load(ring_b + index[:, None] * B_STRIDE + n[None, :])
+    x, b = tl.where(live[None, :], x, 0), tl.where(live[:, None], b, 0)
     x *= (times * tl.exp(a * since))[None, :]
     return state * tl.exp(a * tl.sum(times, 0)) + product(x, b, 3, PARTS)
 
@@ -170,6 +174,13 @@ def store_padding(out, rows, column, GATED: tl.constexpr):
 
 
 @triton.jit
+def where_from(slots, slots_stride, lengths, row):
+    """A row's slot and its token's position, asked for at the same time."""
+    slot, length = tl.load(slots + row * slots_stride), tl.load(lengths + row)
+    return slot.to(tl.int64), length - 1
+
+
+@triton.jit
 def time_step(dt, dt_bias, low, high):
     return tl.minimum(tl.maximum(softplus(dt.to(tl.float32) + dt_bias.to(tl.float32)), low), high)
 
@@ -192,11 +203,10 @@ def step_kernel(
     p, n = tl.arange(0, HEAD_DIM), tl.arange(0, STATE)
     rows, values = tile_of(head * HEAD_DIM, p, n)
     out += row * out_stride
-    slot = tl.load(slots + row * slots_stride).to(tl.int64)
+    slot, position = where_from(slots, slots_stride, lengths, row)
     if slot == 0:
         store_padding(out, rows, inner + 2 * head, GATED)
         return
-    position = tl.load(lengths + row) - 1
     conv += slot * conv_stride
     ssm += slot * ssm_stride
     if QUANTISED:
@@ -272,10 +282,9 @@ def prepare_kernel(
     FOLDED: tl.constexpr = (HEADS + REPLAY - 1) // REPLAY  # heads
     FOLDS: tl.constexpr = FOLDED * (HEAD_DIM // FOLD_DIM)
     PARTS: tl.constexpr = (HEADS // GROUPS + BLOCK_HEADS - 1) // BLOCK_HEADS  # of a group
-    slot = tl.load(slots + row * slots_stride).to(tl.int64)
+    slot, position = where_from(slots, slots_stride, lengths, row)
     if slot == 0:
         return
-    position = tl.load(lengths + row) - 1
     conv += slot * conv_stride
     ring_b += slot * ring_b_stride
     ring_dt += slot * ring_dt_stride
@@ -361,7 +370,7 @@ def replay_kernel(
     p, n, k = tl.arange(0, HEAD_DIM), tl.arange(0, STATE), tl.arange(0, TOKENS)
     rows, values = tile_of(head * HEAD_DIM, p, n)
     out += row * out_stride
-    slot = tl.load(slots + row * slots_stride).to(tl.int64)
+    slot, position = where_from(slots, slots_stride, lengths, row)
     if slot == 0:
         store_padding(out, rows, inner + 2 * head, GATED)
         return
@@ -379,16 +388,15 @@ def replay_kernel(
     STORED: tl.constexpr = ssm.dtype.element_ty
     STATE_PARTS: tl.constexpr = 3 if tl.float32 == STORED else 2 if tl.float16 == STORED else 1
     X_PARTS: tl.constexpr = 1 if ring_x.dtype.element_ty == tl.bfloat16 else 3
-    C_PARTS: tl.constexpr = 1 if convolved.dtype.element_ty == tl.bfloat16 else 3
-    y = times_vector(kept, tl.load(b + bc), STATE_PARTS, C_PARTS) * tl.load(factors)
+    BF16: tl.constexpr = convolved.dtype.element_ty == tl.bfloat16  # tensor cores cut sums off where fp32 would round
+    y = times_vector(kept, tl.load(b + bc), STATE_PARTS, 1, BF16) * tl.load(factors)
     if QUANTISED:
         y *= tl.load(scale + slot * scale_stride + rows)
-    y += times_vector(past, counts, X_PARTS, 3) + tl.load(factors + HEADS) * x.to(tl.float32)
+    y += times_vector(past, counts, X_PARTS, 3, BF16) + tl.load(factors + HEADS) * x.to(tl.float32)
     squares = gated(y, projected + row * projected_stride, norm_weight, out, rows, GATED)
     if GATED:
         store_sum(squares, out, inner + 2 * head)
 
-    position = tl.load(lengths + row) - 1
     entry = position % REPLAY
     tl.store(ring_x + entry * HEAD_DIM + p, x)
     times = tl.where(k == entry, tl.load(factors + 2 * HEADS), 0)

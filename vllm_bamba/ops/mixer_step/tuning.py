@@ -36,7 +36,18 @@ DEFAULT = Tuning(((1, Launch(replays=False, num_warps=8)), (ANY, Launch(replays=
 
 # (compute capability, bytes of a number in a checkpoint); benchmarks/tune_mixer_step.py, rows of an H100 in
 # benchmarks/results
-TUNED: dict[tuple[tuple[int, int], int], Tuning] = {}
+TUNED: dict[tuple[tuple[int, int], int], Tuning] = {
+    ((9, 0), 2): Tuning(
+        ((1, Launch(replays=False, num_warps=8)), (ANY, Launch(replays=True, num_warps=4))),
+    ),
+    ((9, 0), 1): Tuning(
+        (
+            (1, Launch(replays=False, num_warps=8)),
+            (8, Launch(replays=True, num_warps=4)),
+            (ANY, Launch(replays=True, num_warps=1, max_registers=128)),
+        )
+    ),
+}
 
 
 def tuning_for(device: torch.device, state_dtype: torch.dtype) -> Tuning:

@@ -148,6 +148,10 @@ class FusedMixing(Mixing):
         chunk = PrefillPlan.of_one_chunk(mixer.shape.chunk_size, True, device)
         write_states(slots, chunk, read_states(slots, mixer.A, chunk))
 
+        inputs = projected.new_zeros(chunk.num_tokens, projected.shape[1])
+        scratch = slots.conv.new_zeros(2, slots.conv.shape[1] - 1, slots.conv.shape[2]).transpose(1, 2)
+        causal_conv1d_prefill(self._split(inputs)[0], mixer.conv1d.weight, mixer.conv1d.bias, scratch, chunk)
+
         row = projected.new_zeros(1, projected.shape[1])
         output = row.new_empty(1, shard.local_intermediate + self.sums)
         if self.divides_later:
@@ -165,7 +169,7 @@ class FusedMixing(Mixing):
 
         mixer, slots = self.mixer, self.form.bind(self.mixer.kv_cache)
         first = torch.arange(len(plan.slots), dtype=torch.int32, device=plan.slots.device)
-        # a row in front, as vLLM's convolution takes slot 0 for padding
+        # a row in front, as vLLM's convolution takes slot 0 for padding; laid out as in `warm_up`
         scratch = F.pad(read_inputs(slots, plan).transpose(1, 2), (0, 0, 0, 0, 1, 0)).transpose(1, 2)
         states = read_states(slots, mixer.A, plan)
 

@@ -12,6 +12,11 @@ but the one that it writes: programs of a row share B and C without waiting for 
 import triton
 import triton.language as tl
 
+# what differs from batch to batch and is no reason to compile a kernel again
+of_any_batch = triton.jit(
+    do_not_specialize=["slots_stride"], do_not_specialize_on_alignment=["slots", "lengths", "continues"]
+)
+
 
 @triton.jit
 def silu(x):
@@ -185,7 +190,7 @@ def time_step(dt, dt_bias, low, high):
     return tl.minimum(tl.maximum(softplus(dt.to(tl.float32) + dt_bias.to(tl.float32)), low), high)
 
 
-@triton.jit
+@of_any_batch
 def step_kernel(
     projected, out, conv_weight, conv_bias, a_ptr, d_ptr, dt_bias, norm_weight, slots, lengths,
     conv, ssm, scale, ring_x, ring_b, ring_dt,
@@ -253,7 +258,7 @@ def folded_head(part, position, REPLAY: tl.constexpr):
     return part * REPLAY + (REPLAY - position % REPLAY) % REPLAY
 
 
-@triton.jit
+@of_any_batch
 def prepare_kernel(
     projected, convolved, factors, conv_weight, conv_bias, a_ptr, d_ptr, dt_bias, slots, lengths,
     conv, ssm, scale, ring_x, ring_b, ring_dt,
@@ -353,7 +358,7 @@ def prepare_kernel(
         tl.store(convolved + block, x.to(convolved.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@of_any_batch
 def replay_kernel(
     projected, convolved, factors, out, norm_weight, slots, lengths,
     ssm, scale, ring_x, ring_b, ring_dt,

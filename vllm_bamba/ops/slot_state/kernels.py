@@ -1,12 +1,11 @@
 """Checkpoints and rings to states and back, one program a head and sequence."""
 
-import triton
 import triton.language as tl
 
-from vllm_bamba.ops.mixer_step.kernels import fold, store_state, tile_of, widened
+from vllm_bamba.ops.mixer_step.kernels import fold, of_any_batch, store_state, tile_of, widened
 
 
-@triton.jit
+@of_any_batch
 def read_kernel(
     states, a_ptr, slots, lengths, continues, ssm, scale, ring_x, ring_b, ring_dt,
     ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
@@ -33,7 +32,7 @@ def read_kernel(
     tl.store(states + tile, state)
 
 
-@triton.jit
+@of_any_batch
 def write_kernel(
     states, slots, lengths, ssm, scale, ring_dt, ssm_stride, scale_stride, ring_dt_stride,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, STATE: tl.constexpr,

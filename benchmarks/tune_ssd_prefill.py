@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from op_cases import prefill
+from op_cases import OURS, prefill
 from op_inputs import Problem
 from rows import Results, add_arguments, dtype_name, dtype_of, progress
 from timing import Samples
@@ -36,7 +36,7 @@ def tried(problem: Problem) -> dict[str, dict[Launch, float]]:
     """Kernel -> launch -> milliseconds, of one prompt."""
     kernels = autotuned_kernels(*MODULES)
     forget_autotuning(*MODULES)
-    prefill(problem).calls["ours"]()
+    prefill(problem).calls[OURS]()
     return {
         name: {
             (*config.kwargs.items(), ("num_warps", config.num_warps), ("num_stages", config.num_stages)): times[0]

@@ -255,9 +255,12 @@ def engine(**changes: object) -> SimpleNamespace:
         "speculative": None,
         "lora": None,
         "state_dtype": "auto",
+        "eager": False,
     } | changes
     return SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=values["hf_config"], model=values["model"]),
+        model_config=SimpleNamespace(
+            hf_config=values["hf_config"], model=values["model"], enforce_eager=values["eager"]
+        ),
         parallel_config=SimpleNamespace(tensor_parallel_size=values["tensor"]),
         load_config=SimpleNamespace(load_format="auto"),
         cache_config=SimpleNamespace(
@@ -306,6 +309,19 @@ def test_speculation_is_refused_without_a_gpu_only(cpu: bool, monkeypatch: pytes
     config = engine(speculative=object())
     if cpu:
         with pytest.raises(ValueError, match="--speculative-config"):
-            compat.check_options(config)
+            compat.check_options(config, 584)
     else:
-        compat.check_options(config)
+        compat.check_options(config, 584)
+
+
+@pytest.mark.parametrize(("cpu", "eager", "rows"), [(True, False, 580), (False, True, 580), (False, False, 584)])
+def test_adapters_are_refused_only_where_torch_compile_pads_in_proj(
+    cpu: bool, eager: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(compat.current_platform), "is_cpu", lambda self: cpu)
+    config = engine(lora=SimpleNamespace(fully_sharded_loras=False), eager=eager)
+    compat.check_options(config, rows)
+    monkeypatch.setattr(type(compat.current_platform), "is_cpu", lambda self: False)
+    config.model_config.enforce_eager = False
+    with pytest.raises(ValueError, match="in_proj has 580 rows on each rank"):
+        compat.check_options(config, 580)

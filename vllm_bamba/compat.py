@@ -28,6 +28,8 @@ operator `vllm::mamba_mixer2`
     The same stages must lay states out as the others do: see `align_blocks`. Goes when vLLM aligns blocks by the model.
 `vllm.lora.ops.torch_ops.lora_ops.bgmv_shrink`
     On CPUs, requests without an adapter got one. Goes with 0.32.
+`vllm.lora.ops.triton_ops.lora_expand_op` (seen in 0.33)
+    Asserts contiguous outputs, which torch.compile does not promise: see `check_options`. Goes with the assertion.
 `vllm.lora.utils._all_lora_classes`
     Adapters of `in_proj` where B and C are copied to several ranks. Goes when vLLM asks layers for their wrapper.
 `scheduler_cls`, `Scheduler._mamba_block_aligned_split`
@@ -120,8 +122,13 @@ __all__ = [
 ]
 
 
-def check_options(vllm_config: VllmConfig) -> None:
-    """Raise ValueError for vLLM options that this model would otherwise get wrong without a word."""
+def check_options(vllm_config: VllmConfig, in_proj_rows: int) -> None:
+    """Raise ValueError for vLLM options that this model would otherwise get wrong, or fail with late.
+
+    Args:
+        vllm_config: the engine's.
+        in_proj_rows: of a mixer, on one rank.
+    """
     if vllm_config.cache_config.use_replayssm:
         raise ValueError("--use-replayssm is a feature of vLLM's own mixer; leave it out for Bamba.")
     if vllm_config.speculative_config is not None and current_platform.is_cpu():
@@ -132,6 +139,12 @@ def check_options(vllm_config: VllmConfig) -> None:
     lora = vllm_config.lora_config
     if lora is not None and lora.fully_sharded_loras and vllm_config.parallel_config.tensor_parallel_size > 1:
         raise ValueError("--fully-sharded-loras does not work with Bamba's in_proj; leave it out.")
+    compiled = not (current_platform.is_cpu() or vllm_config.model_config.enforce_eager)
+    if lora is not None and compiled and in_proj_rows % 8:
+        raise ValueError(
+            f"LoRA: in_proj has {in_proj_rows} rows on each rank, not a multiple of 8. torch.compile pads that, "
+            "which vLLM's LoRA kernels refuse: use a smaller --tensor-parallel-size or --enforce-eager."
+        )
 
 
 def choose_state_dtype(vllm_config: VllmConfig) -> None:

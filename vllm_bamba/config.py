@@ -188,19 +188,21 @@ class BambaServingConfig(VerifyAndUpdateConfig):
         """
         from vllm_bamba.compat import check_options, choose_state_dtype
         from vllm_bamba.prefix.options import configure
+        from vllm_bamba.state import mixer_shard
         from vllm_bamba.step_options import check_step
         from vllm_bamba.weights import check_files
 
         shape = BambaShape.from_hf(vllm_config.model_config.hf_config)
+        tensor_parallel = vllm_config.parallel_config.tensor_parallel_size
         check_tensor_parallel(
-            vllm_config.parallel_config.tensor_parallel_size,
+            tensor_parallel,
             mamba_heads=shape.mamba_heads,
             mamba_groups=shape.mamba_groups,
             attention_heads=shape.num_attention_heads,
             key_value_heads=shape.num_key_value_heads,
             intermediate_size=shape.intermediate_size,
         )
-        check_options(vllm_config)
+        check_options(vllm_config, sum(mixer_shard(shape, tensor_parallel).in_proj_sizes))
         check_step(vllm_config, shape)
         choose_state_dtype(vllm_config)
         configure(vllm_config, has_attention=bool(shape.attention_layers))

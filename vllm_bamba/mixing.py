@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from vllm_bamba.ops.causal_conv1d import causal_conv1d_prefill, causal_conv1d_step
 from vllm_bamba.ops.gated_norm import gate_for_later
-from vllm_bamba.ops.ssd_prefill import ssd_prefill, warm_up
+from vllm_bamba.ops.ssd_prefill import scan, ssd_prefill, warm_up
 from vllm_bamba.ops.ssm_step import ssm_step
 from vllm_bamba.state import DecodePlan, PrefillPlan, SlotFormat, channels_first
 
@@ -168,20 +168,18 @@ class FusedMixing(Mixing):
         from vllm_bamba.ops.slot_state import read_inputs, read_states, write_inputs, write_states
 
         mixer, slots = self.mixer, self.form.bind(self.mixer.kv_cache)
-        first = torch.arange(len(plan.slots), dtype=torch.int32, device=plan.slots.device)
         # a row in front, as vLLM's convolution takes slot 0 for padding; laid out as in `warm_up`
         scratch = F.pad(read_inputs(slots, plan).transpose(1, 2), (0, 0, 0, 0, 1, 0)).transpose(1, 2)
-        states = read_states(slots, mixer.A, plan)
-
+        rows = torch.arange(1, 1 + len(plan.slots), dtype=torch.int32, device=plan.slots.device)
         xBC, dt = self._split(projected)
-        xBC = causal_conv1d_prefill(
-            xBC, mixer.conv1d.weight, mixer.conv1d.bias, scratch, replace(plan, slots=first + 1)
-        )  # fmt: skip
+        xBC = causal_conv1d_prefill(xBC, mixer.conv1d.weight, mixer.conv1d.bias, scratch, replace(plan, slots=rows))
         x, B, C = self._heads(xBC)
         y = x.new_empty(x.shape) if self.divides_later else self._by_head(output)
-        limit = mixer.shape.time_step_limit
-        ssd_prefill(
-            x, dt, mixer.A, B, C, mixer.D, mixer.dt_bias, limit, states, replace(plan, slots=first), y
+        limit, initial = mixer.shape.time_step_limit, None
+        if plan.any_continues:
+            initial = read_states(slots, mixer.A, plan)
+        states = scan(
+            x, dt, mixer.A, B, C, mixer.D, mixer.dt_bias, limit, initial, plan, y, torch.float32
         )  # fmt: skip
         if self.divides_later:
             gate = projected[:, : mixer.shard.local_intermediate]

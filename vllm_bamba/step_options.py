@@ -8,7 +8,7 @@ Options of the engine, in vLLM's `additional_config`:
 | `bamba_replay` | 16 | tokens after which a state is written; 0: after every one. One of 0, 8, 16, 32 |
 | `bamba_state_dtype` | as `--mamba-ssm-cache-dtype` | `"int8"`: 8 bits and a scale for every channel of a head |
 
-The step is off unless asked for: its kernels have been tested and timed alone on an H100, not yet in an engine there.
+The step is off unless asked for: in engines on a GPU not all of its tests have passed yet.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Options of the engine, in vLLM's `additional_config` (`--additional-config '{"ba
 | `bamba_prefix_slots` | on CPUs true | false: vLLM's own caching, in steps of the attention block (528 tokens for 9B) |
 | `bamba_prefix_share` | 0.75 | the largest part of the cache that slots may take; requests that run come first anyway |
 
-Slots have not been run on a GPU yet: there they are off unless the option is set.
+Not all of the slots' tests have passed on a GPU yet: there they are off unless the option is set.
 
 vLLM's `--prefix-match-unit` sets the distance of slots in tokens, 16 by default. An answer is copied once per unit.
 

@@ -13,7 +13,7 @@ if current_platform.is_cpu():
 else:
     from vllm_bamba.ops.ssd_prefill.kernels import scan, use_tuned_launches
 
-__all__ = ["ssd_prefill", "warm_up"]
+__all__ = ["scan", "ssd_prefill", "warm_up"]
 
 
 def ssd_prefill(

@@ -14,6 +14,7 @@
 import argparse
 import contextlib
 import functools
+import gzip
 import json
 import math
 import multiprocessing
@@ -235,6 +236,21 @@ def profiler_options(folder: pathlib.Path) -> dict[str, Any]:
     """`vllm.LLM`'s arguments for an engine that is asked to profile; it writes to the folder."""
     where = {"torch_profiler_dir": str(folder.absolute()), "torch_profiler_with_stack": False}
     return {"profiler_config": {"profiler": "torch"} | where}
+
+
+def kernel_milliseconds(folder: pathlib.Path) -> float:
+    """Time on the GPU of all kernels in the newest trace of a folder; 0 where there was no GPU.
+
+    Raises:
+        SystemExit: there is no trace.
+    """
+    traces = sorted(folder.glob("*.pt.trace.json*"), key=lambda trace: trace.stat().st_mtime_ns)
+    if not traces:
+        raise SystemExit(f"{folder}: the engine has left no trace of its profile")
+    opened = gzip.open if traces[-1].suffix == ".gz" else open
+    with opened(traces[-1], "rt") as file:
+        events = json.load(file)["traceEvents"]
+    return sum(event["dur"] for event in events if event.get("cat") == "kernel") / 1e3
 
 
 class Variant:

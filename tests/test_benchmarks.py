@@ -5,9 +5,13 @@ How fast anything is says nothing here: the models are tiny and the machine may 
 # ruff: noqa: E402  the benchmarks are scripts beside each other, found after the path is set
 
 import csv
+import gzip
+import itertools
+import json
 import pathlib
 import shutil
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
@@ -334,6 +338,34 @@ def test_samples_and_limits():
     limits = timing.Limits(bytes_per_second=2e9, flops=1e12)
     assert limits.floor_ms(4e6) == 2.0
     assert limits.floor_ms(0, 5e9) == 5.0
+
+
+def test_kernels_of_a_step_are_what_a_longer_profile_has_more(tmp_path, capsys):
+    class Engine:
+        """Leaves a trace: 40 us of kernels for the prompts, 100 us for each token, and what is no kernel."""
+
+        name = "fused"
+        columns: ClassVar = {"variant": name, "state_dtype": "bfloat16", "cache_mode": "none", "details": "graphs"}
+        profiles = 0
+
+        def generate(self, prompts, tokens, profile):
+            events = [{"cat": "kernel", "dur": 40.0}, {"cat": "cpu_op", "dur": 9000.0}, {"name": "no category"}]
+            events += [{"cat": "kernel", "dur": 100.0}] * tokens
+            self.profiles += profile
+            folder = tmp_path / "profile" / self.name
+            folder.mkdir(parents=True, exist_ok=True)
+            with gzip.open(folder / f"rank0.{self.profiles}.pt.trace.json.gz", "wt") as file:
+                json.dump({"traceEvents": events}, file)
+
+    argv = ["--profile", str(tmp_path / "profile"), *common(tmp_path)]
+    args = bench_decode.arguments(argv)
+    what = {"model": "bamba-9b", "weights": "random", "dtype": "bfloat16", "case": "decode step"}
+    results = rows.Results.of("bench_decode", args, argv, prompt_tokens=1, output_tokens=32, **what)
+    bench_decode.report_kernels(args, results, Engine(), 8, itertools.repeat([[1]]))
+    (row,) = read(tmp_path, "bench_decode")
+    assert (row["metric"], row["batch"], float(row["value"])) == ("decode_step_kernels", "8", pytest.approx(0.1))
+    with pytest.raises(SystemExit, match="has left no trace"):
+        variants.kernel_milliseconds(tmp_path)
 
 
 def test_bytes_of_the_9b_shape():

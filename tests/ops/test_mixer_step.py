@@ -196,6 +196,14 @@ def test_each_group_of_heads_has_its_own_b_and_c(groups: int, launch: Launch) ->
     batch.check()
 
 
+def test_a_group_of_three_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "HEADS", 6)
+    batch = Batch(slot_format(torch.bfloat16, groups=2), slots=[7, 2], lengths=[1, 30], gated=True)
+    for launch in (*[REPLAYED] * (REPLAY + 2), PLAIN, REPLAYED):
+        batch.step(launch)
+    batch.check()
+
+
 @pytest.mark.parametrize("width", [2, 3])
 def test_shorter_convolutions_without_a_bias(width: int) -> None:
     batch = Batch(slot_format(torch.float32, width=width), slots=[7, 2], lengths=[1, 30], bias=False)

@@ -119,7 +119,8 @@ class Mixer(torch.nn.Module):
         for state_dtype, replay in precisions:
             form = SlotFormat(mixer_shard(shape, 1), shape.conv_width, taps.dtype, state_dtype, replay)
             self.slots.append(empty_slots(form, plan))
-            of_many = tuning_for(taps.device, state_dtype).launches[-1][1]  # that of few would leave the ring alone
+            # that of many rows: that of few would leave the ring alone
+            of_many = tuning_for(self.slots[-1].ssm, taps.dtype).launches[-1][1]
             self.launches.append(of_many)
 
     def forward(self, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:

@@ -239,7 +239,7 @@ def fused_step(p: Problem, int8: bool = False, launches: "Mapping[str, Launch] |
     filled[filled == 0] = replay  # entries of each head
     slots.ring_dt.abs_().mul_(0.05)
     slots.ring_dt[used] *= ages[:, None] <= filled[:, :, None]
-    launches = launches or {OURS: tuning_for(torch.device(p.device), form.state_dtype).launch_for(p.tokens)}
+    launches = launches or {OURS: tuning_for(slots.ssm, p.dtype).launch_for(p.tokens)}
     if not any(launch.replays for launch in launches.values()):
         slots.ring_dt.zero_()
     out = torch.empty(p.tokens, inner, dtype=p.dtype, device=p.device)

@@ -12,12 +12,13 @@ import sys
 from collections.abc import Sequence
 
 import torch
+from bench_ops import CHECKED_TOKENS, wrong_ones
 from op_cases import OURS, prefill
 from op_inputs import Problem
 from rows import Results, add_arguments, dtype_name, dtype_of, progress
 from timing import Samples
 
-from vllm_bamba.compat import autotuned_kernels, forget_autotuning
+from vllm_bamba.compat import autotuned_kernels, fix_launches, forget_autotuning
 from vllm_bamba.ops.ssd_prefill.kernels import MODULES
 
 Launch = tuple[tuple[str, int], ...]  # tile sizes, num_warps, num_stages
@@ -52,6 +53,16 @@ def best(times: Sequence[dict[Launch, float]]) -> Launch:
     return min(times[0], key=lambda launch: math.prod(t[launch] / min(t.values()) for t in times))
 
 
+def trusted(launches: dict[str, dict[str, int]], small: Problem) -> str:
+    """What is wrong with these launches on a small problem, empty if nothing is: an error, or results that vary."""
+    forget_autotuning(*MODULES)
+    fix_launches(launches, *MODULES)
+    wrong, call = wrong_ones(prefill, small), prefill(small).calls[OURS]
+    if OURS in wrong:
+        return f"{OURS} {wrong[OURS]}"
+    return "" if torch.equal(call().clone(), call()) else f"{OURS} gives other bits the second time"
+
+
 def main(argv: Sequence[str]) -> None:
     args = arguments(argv)
     dtype = dtype_of(args.dtype)
@@ -77,13 +88,18 @@ def main(argv: Sequence[str]) -> None:
                         Samples((milliseconds,)), variant=kernel, prompt_tokens=tokens, metric="time", unit="ms",
                         details=str(dict(launch)), verified="n/a: only timed",
                     )  # fmt: skip
+    chosen, losses = {}, {}
+    for kernel in by_length[args.tokens[0]]:
+        launch = best([by_length[tokens][kernel] for tokens in args.tokens])
+        losses[kernel] = max(t[kernel][launch] / min(t[kernel].values()) for t in by_length.values()) - 1
+        chosen[kernel] = dict(launch)
+    if problem := trusted(chosen, Problem.of(args.shape, CHECKED_TOKENS, dtype, dtype, args.seed)):
+        raise SystemExit(f"the fastest launches are not to be used: {problem}\n{chosen}")
     shape = Problem.of(args.shape, 1, dtype, dtype, args.seed).shape
     sizes = (shape.mamba_head_dim, shape.mamba_state, shape.chunk_size)
     print(f"for tuning.py:\n({torch.cuda.get_device_capability()}, {sizes}): {{")
-    for kernel in by_length[args.tokens[0]]:
-        launch = best([by_length[tokens][kernel] for tokens in args.tokens])
-        loss = max(t[kernel][launch] / min(t[kernel].values()) for t in by_length.values())
-        print(f'    "{kernel}": {dict(launch)},  # at most {loss - 1:.0%} slower than the fastest')
+    for kernel, options in chosen.items():
+        print(f'    "{kernel}": {options},  # at most {losses[kernel]:.0%} slower than the fastest')
     print("},", flush=True)
 
 

@@ -95,9 +95,7 @@ class Reference:
         tokens = answer.prompt + answer.generated
         expected = self.logprobs(tokens)
         of_tokens = expected[torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])]
-        given = torch.tensor(answer.logprobs)
-        asked = ~given.isnan()
-        assert asked[-len(answer.generated) :].all()
+        given, asked = _asked(answer)
         difference = (of_tokens - given)[asked].abs().max().item()
         assert difference <= limit, f"a logprob is off by {difference:.2e} (limit {limit:.0e})"
         first = len(answer.prompt) - 1
@@ -106,21 +104,30 @@ class Reference:
             assert token == best, f"token {step} is {token}, Transformers chooses {best}"
 
 
+def _asked(answer: Answer) -> tuple[torch.Tensor, torch.Tensor]:
+    """A request's logprobs, and which of them were asked for: the generated ones, and all of the prompt's or none."""
+    given = torch.tensor(answer.logprobs)
+    asked = ~given.isnan()
+    of_prompt, of_generated = asked.split([len(answer.prompt) - 1, len(answer.generated)])
+    assert of_generated.all(), "NaN among the logprobs of what was generated"
+    assert of_prompt.all() or not of_prompt.any(), "NaN among the logprobs of the prompt"
+    return given, asked
+
+
 def check_low_precision(answers: list[Answer], exact: Reference, plain: Reference) -> None:
     """Assert that logprobs are about as close to fp32 as Transformers' own run in the engine's precision.
 
     `plain`, the same tokens in Transformers in that precision, has an error s, root mean square over all requests. A
     request of n logprobs may have twice that (or twice the error that `plain` has of it), and five standard deviations
     more that the root mean square of n normal errors of 2 s has by chance: 2 s (1 + 5 / sqrt(2 n)). A greedy choice may
-    differ from fp32's only where fp32's two best are closer than four times the largest error of the request.
+    differ from fp32's only where fp32 has it no further behind its best than four times the request's largest error.
     """
     compared = []
     for answer in answers:
         tokens = torch.tensor(answer.prompt + answer.generated)
         truth = exact.logprobs(tokens.tolist())
         index = torch.arange(len(tokens) - 1), tokens[1:]
-        given = torch.tensor(answer.logprobs)
-        asked = ~given.isnan()
+        given, asked = _asked(answer)
         of_plain = (plain.logprobs(tokens.tolist())[index] - truth[index])[asked]
         compared.append((answer, truth, of_plain, (given - truth[index])[asked]))
     usual = torch.cat([of_plain for _, _, of_plain, _ in compared]).square().mean().sqrt().item()

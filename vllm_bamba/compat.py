@@ -16,7 +16,7 @@ operator `vllm::mamba_mixer2`
 `vllm.model_executor.layers.mamba.ops`
     The operators underneath ours. Goes operator by operator, as each gets a kernel of its own.
 `configs`, `cache` and `cache_results` of its autotuned scan kernels (Triton 3.6 and 3.9)
-    Starts need not try launches out: those known to be fast are fixed, what was found is kept. Goes with the scan's
+    Starts need not try launches out: what was found is kept, and a table (empty yet) can fix them. Goes with the scan's
     kernels.
 `find_matched_target` (by the name of `mixer.InProjectionLinear`)
     compressed-tensors' target "Linear" is looked for in a layer's class name. Goes when vLLM asks for the base class.
@@ -143,7 +143,7 @@ def check_options(vllm_config: VllmConfig, in_proj_rows: int) -> None:
     if lora is not None and compiled and in_proj_rows % 8:
         raise ValueError(
             f"LoRA: in_proj has {in_proj_rows} rows on each rank, not a multiple of 8. torch.compile pads that, "
-            "which vLLM's LoRA kernels refuse: use a smaller --tensor-parallel-size or --enforce-eager."
+            "which vLLM's LoRA kernels refuse: use another --tensor-parallel-size or --enforce-eager."
         )
 
 

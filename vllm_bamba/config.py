@@ -202,7 +202,7 @@ class BambaServingConfig(VerifyAndUpdateConfig):
             key_value_heads=shape.num_key_value_heads,
             intermediate_size=shape.intermediate_size,
         )
-        check_options(vllm_config, sum(mixer_shard(shape, tensor_parallel).in_proj_sizes))
+        check_options(vllm_config, sum(mixer_shard(shape, tensor_parallel).in_proj_sizes) // tensor_parallel)
         check_step(vllm_config, shape)
         choose_state_dtype(vllm_config)
         configure(vllm_config, has_attention=bool(shape.attention_layers))

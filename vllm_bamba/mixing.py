@@ -148,6 +148,7 @@ class FusedMixing(Mixing):
         chunk = PrefillPlan.of_one_chunk(mixer.shape.chunk_size, True, device)
         write_states(slots, chunk, read_states(slots, mixer.A, chunk))
 
+        # slot 0 is padding to the convolution: its kernel is made, and does nothing
         inputs = projected.new_zeros(chunk.num_tokens, projected.shape[1])
         scratch = slots.conv.new_zeros(2, slots.conv.shape[1] - 1, slots.conv.shape[2]).transpose(1, 2)
         causal_conv1d_prefill(self._split(inputs)[0], mixer.conv1d.weight, mixer.conv1d.bias, scratch, chunk)
@@ -159,7 +160,7 @@ class FusedMixing(Mixing):
             gate_for_later(y, gate, mixer.norm.weight, output)
         one = torch.ones(1, 1, dtype=torch.int32, device=device)
         plan = DecodePlan(1, one, one[0], query_start_loc=None, accepted=None)
-        tuning = tuning_for(device, self.form.state_dtype)
+        tuning = tuning_for(slots.ssm, projected.dtype)
         for rows, _ in tuning.launches:
             launch = tuning.launch_for(rows)
             mixer_step(row, self.weights, mixer.shape.time_step_limit, slots, plan, output, launch)

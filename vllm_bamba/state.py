@@ -72,7 +72,7 @@ class PrefillPlan:
 
     @classmethod
     def of_one_chunk(cls, chunk_size: int, continues: bool, device: torch.device) -> PrefillPlan:
-        """One sequence in slot 0, as long as a chunk; for the recurrence, not for the convolution."""
+        """One sequence in slot 0, as long as a chunk; the convolution takes that slot for padding and skips it."""
         first = torch.zeros(1, dtype=torch.int32, device=device)
         offsets = torch.cat([first, first + chunk_size])
         return cls(

@@ -76,7 +76,7 @@ def check_step(vllm_config: VllmConfig, shape: BambaShape) -> None:
     reasons = {
         " and ".join(odd): bool(odd),
         "speculative decoding takes tokens back": vllm_config.speculative_config is not None,
-        "there is no GPU": not current_platform.is_cuda_alike() and os.environ.get("TRITON_INTERPRET") != "1",
+        "there is no NVIDIA GPU": not current_platform.is_cuda() and os.environ.get("TRITON_INTERPRET") != "1",
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if reason is not None:

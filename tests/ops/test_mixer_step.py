@@ -196,10 +196,18 @@ def test_each_group_of_heads_has_its_own_b_and_c(groups: int, launch: Launch) ->
     batch.check()
 
 
-def test_a_group_of_three_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(globals(), "HEADS", 6)
-    batch = Batch(slot_format(torch.bfloat16, groups=2), slots=[7, 2], lengths=[1, 30], gated=True)
-    for launch in (*[REPLAYED] * (REPLAY + 2), PLAIN, REPLAYED):
+@pytest.mark.parametrize(
+    ("heads", "groups", "head_dim", "state", "replay"),
+    [(6, 2, 16, 32, REPLAY), (12, 1, 64, 16, REPLAY), (40, 1, 16, 16, 16)],
+    ids=["three_heads_a_group", "two_folds_of_two_parts_each", "two_blocks_of_heads"],
+)
+def test_sizes_that_the_programs_of_a_row_divide_unevenly(
+    heads: int, groups: int, head_dim: int, state: int, replay: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"HEADS": heads, "HEAD_DIM": head_dim, "STATE": state}.items():
+        monkeypatch.setitem(globals(), name, value)
+    batch = Batch(slot_format(torch.bfloat16, groups=groups, replay=replay), [7, 2], lengths=[1, 30], gated=True)
+    for launch in (*[REPLAYED] * (replay + 2), PLAIN, REPLAYED):
         batch.step(launch)
     batch.check()
 

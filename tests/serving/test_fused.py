@@ -121,5 +121,5 @@ def test_without_a_gpu_the_step_is_refused(tmp_path, monkeypatch):
         pytest.skip("there is a GPU")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     path = save_random(tmp_path, **SMALL)
-    with pytest.raises(ValueError, match="there is no GPU"), Engine(path, additional_config=FUSED):
+    with pytest.raises(ValueError, match="there is no NVIDIA GPU"), Engine(path, additional_config=FUSED):
         pass

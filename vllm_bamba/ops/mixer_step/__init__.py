@@ -6,11 +6,8 @@ import torch
 import triton
 
 from vllm_bamba.ops.mixer_step.kernels import prepare_kernel, replay_kernel, step_kernel
-from vllm_bamba.ops.mixer_step.tuning import Launch, tuning_for
+from vllm_bamba.ops.mixer_step.tuning import PREPARE, Launch, tuning_for
 from vllm_bamba.state import DecodePlan, FusedSlots, slot_strides
-
-# what a program prepares: channels of x, heads of a group, channels of a ring that is folded
-BLOCK, BLOCK_HEADS, FOLD_DIM = 512, 32, 32
 
 
 class StepWeights(NamedTuple):
@@ -67,7 +64,7 @@ def mixer_step(
     heads, head_dim, groups, state = (constants[k] for k in ("HEADS", "HEAD_DIM", "GROUPS", "STATE"))
     rows, width = len(projected), slots.conv.shape[1]
     if launch is None:
-        launch = tuning_for(projected.device, slots.ssm.dtype).launch_for(rows)
+        launch = tuning_for(slots.ssm, projected.dtype).launch_for(rows)
     inner, channels = heads * head_dim, slots.conv.shape[2]
     columns = inner + (0 if weights.norm is None else sum_columns(heads))
     if (
@@ -93,15 +90,15 @@ def mixer_step(
         return
     convolved = projected.new_empty(rows, channels)
     factors = projected.new_empty(rows, heads * (constants["REPLAY"] + 3), dtype=torch.float32)
-    of_group, fold_dim = heads // groups, min(FOLD_DIM, head_dim)
-    block_heads = min(BLOCK_HEADS, triton.next_power_of_2(of_group))
-    folds = -(-heads // constants["REPLAY"]) * (head_dim // fold_dim)
-    programs = folds + groups * -(-of_group // block_heads) + -(-inner // BLOCK)
+    of_group, folded = heads // groups, min(PREPARE.folded, head_dim)
+    some_heads = min(PREPARE.heads, triton.next_power_of_2(of_group))
+    folds = -(-heads // constants["REPLAY"]) * (head_dim // folded)
+    programs = folds + groups * -(-of_group // some_heads) + -(-inner // PREPARE.channels)  # as the kernel counts them
     prepare_kernel[programs, rows](
         projected, convolved, factors, *parameters, plan.slots, plan.lengths, *slots,
         projected.stride(0), plan.slots.stride(0), *slot_strides(slots), *dt_limit,
         **constants, WIDTH=width, BIAS=bias,
-        BLOCK=BLOCK, BLOCK_HEADS=block_heads, FOLD_DIM=fold_dim,
+        BLOCK=PREPARE.channels, BLOCK_HEADS=some_heads, FOLD_DIM=folded, num_warps=PREPARE.num_warps,
     )  # fmt: skip
     read = slots[1:]
     replay_kernel[heads, rows](

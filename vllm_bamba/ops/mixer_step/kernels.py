@@ -2,8 +2,7 @@
 
 `step_kernel` does it at once and writes the state. Where states are replayed, `prepare_kernel` does what a row needs
 once and folds the rings that are full; `replay_kernel` behind it is left with a head's state and ring, which it asks
-for before anything else: it has to keep the memory busy, and is launched with as few warps as do that, so that they
-have nothing to do twice and nobody to wait for.
+for before anything else: it has to keep the memory busy.
 
 Inputs of the convolution stand in a ring of `WIDTH` entries indexed by the token's position, of which a step reads all
 but the one that it writes: programs of a row share B and C without waiting for each other.
@@ -79,7 +78,7 @@ def times_vector(x, vector, X_PARTS: tl.constexpr, PARTS: tl.constexpr, ON_TENSO
 @triton.jit
 def fold(
     state, a, newest, ring_x, ring_b, ring_dt, p, n,
-    X_STRIDE: tl.constexpr, B_STRIDE: tl.constexpr, REPLAY: tl.constexpr,
+    HEAD_DIM: tl.constexpr, B_STRIDE: tl.constexpr, REPLAY: tl.constexpr,
 ):  # fmt: skip
     """A checkpoint and the ring's tokens: the state behind the newest of them, at position `newest`.
 
@@ -94,7 +93,7 @@ def fold(
     live = times > 0
     since = tl.cumsum(times, 0, reverse=True) - times
     # loaded without waiting for the times
-    x = tl.load(ring_x + index[None, :] * X_STRIDE + p[:, None]).to(tl.float32)
+    x = tl.load(ring_x + index[None, :] * HEAD_DIM + p[:, None]).to(tl.float32)
     b = tl.load(ring_b + index[:, None] * B_STRIDE + n[None, :])
     x, b = tl.where(live[None, :], x, 0), tl.where(live[:, None], b, 0)
     x *= (times * tl.exp(a * since))[None, :]
@@ -103,7 +102,7 @@ def fold(
 
 @triton.jit
 def in_two(value, dtype: tl.constexpr):
-    """Two numbers of a low precision whose sum is an fp32 number."""
+    """Two numbers of a low precision whose sum is nearly an fp32 number: 16 of 24 bits of it in bf16."""
     high = value.to(dtype)
     return high, (value - high.to(tl.float32)).to(dtype)
 
@@ -253,9 +252,9 @@ def step_kernel(
 
 
 @triton.jit
-def folded_head(part, position, REPLAY: tl.constexpr):
-    """The `part`-th of the heads whose ring is full in front of a step; each is once in REPLAY steps."""
-    return part * REPLAY + (REPLAY - position % REPLAY) % REPLAY
+def is_folded(head, position, REPLAY: tl.constexpr):
+    """Whether a head's ring is full in front of the token at this position: once in REPLAY tokens."""
+    return (head + position) % REPLAY == 0
 
 
 @of_any_batch
@@ -286,7 +285,7 @@ def prepare_kernel(
     channels: tl.constexpr = inner + 2 * bc
     FOLDED: tl.constexpr = (HEADS + REPLAY - 1) // REPLAY  # heads
     FOLDS: tl.constexpr = FOLDED * (HEAD_DIM // FOLD_DIM)
-    PARTS: tl.constexpr = (HEADS // GROUPS + BLOCK_HEADS - 1) // BLOCK_HEADS  # of a group
+    HEAD_BLOCKS: tl.constexpr = (HEADS // GROUPS + BLOCK_HEADS - 1) // BLOCK_HEADS  # of a group
     slot, position = where_from(slots, slots_stride, lengths, row)
     if slot == 0:
         return
@@ -299,7 +298,7 @@ def prepare_kernel(
     n = tl.arange(0, STATE)
 
     if part < FOLDS:
-        head = folded_head(part % FOLDED, position, REPLAY)
+        head = part % FOLDED * REPLAY + (REPLAY - position % REPLAY) % REPLAY  # one that `is_folded`
         if head < HEADS:
             p = part // FOLDED * FOLD_DIM + tl.arange(0, FOLD_DIM)
             rows, values = tile_of(head * HEAD_DIM, p, n)
@@ -313,8 +312,8 @@ def prepare_kernel(
             a = tl.load(a_ptr + head)
             state = fold(state, a, position - 1, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, bc, REPLAY)
             store_state(state, ssm, scale, rows, values, position, QUANTISED)
-    elif part < FOLDS + GROUPS * PARTS:
-        group, of_group = (part - FOLDS) // PARTS, (part - FOLDS) % PARTS
+    elif part < FOLDS + GROUPS * HEAD_BLOCKS:
+        group, of_group = (part - FOLDS) // HEAD_BLOCKS, (part - FOLDS) % HEAD_BLOCKS
         own = inner + group * STATE + n
         b_new, c_new = tl.load(xbc + own), tl.load(xbc + own + bc)
         b = convolve(b_new, conv, conv_weight, conv_bias, own, position, channels, WIDTH, BIAS)
@@ -335,9 +334,9 @@ def prepare_kernel(
         head = group * (HEADS // GROUPS) + in_group
         a, bias = tl.load(a_ptr + head, mask=some, other=0), tl.load(dt_bias + head, mask=some, other=0)
         dt = time_step(tl.load(xbc + channels + head, mask=some, other=0), bias, dt_low, dt_high)
-        live = some & (head % REPLAY != folded_head(0, position, REPLAY))
+        unfolded = some & ~is_folded(head, position, REPLAY)
         entries = head[:, None] * REPLAY + index[None, :]
-        times = tl.load(ring_dt + entries, mask=live[:, None] & is_old[None, :], other=0)  # [heads, REPLAY]
+        times = tl.load(ring_dt + entries, mask=unfolded[:, None] & is_old[None, :], other=0)  # [heads, REPLAY]
         since = tl.cumsum(times, 1, reverse=True) - times + dt[:, None]
         # B of an empty entry may be NaN
         counts = tl.where(times > 0, times * tl.exp(a[:, None] * since) * b_c[None, :], 0)
@@ -349,9 +348,10 @@ def prepare_kernel(
         tl.store(factors + HEADS + head, dt * tl.sum(b * c, 0) + skip, mask=some)
         tl.store(factors + 2 * HEADS + head, dt, mask=some)
     else:
-        block = (part - FOLDS - GROUPS * PARTS) * BLOCK + tl.arange(0, BLOCK)
+        block = (part - FOLDS - GROUPS * HEAD_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
         inside = block < inner
-        block = tl.where(inside, block, 0)
+        # 16 channels are inside or outside together, which is to be known for wide loads
+        block = tl.max_contiguous(tl.multiple_of(tl.where(inside, block, 0), 16), 16)
         x_new = tl.load(xbc + block)
         x = convolve(x_new, conv, conv_weight, conv_bias, block, position, channels, WIDTH, BIAS)
         tl.store(newest + block, x_new, mask=inside)
@@ -389,24 +389,24 @@ def replay_kernel(
     b = convolved + inner + group * STATE + n
     x = tl.load(convolved + rows)
     factors += HEADS * REPLAY + head
+    decay, new, dt = tl.load(factors), tl.load(factors + HEADS), tl.load(factors + 2 * HEADS)
 
     STORED: tl.constexpr = ssm.dtype.element_ty
     STATE_PARTS: tl.constexpr = 3 if tl.float32 == STORED else 2 if tl.float16 == STORED else 1
     X_PARTS: tl.constexpr = 1 if ring_x.dtype.element_ty == tl.bfloat16 else 3
     BF16: tl.constexpr = convolved.dtype.element_ty == tl.bfloat16  # tensor cores cut sums off where fp32 would round
-    y = times_vector(kept, tl.load(b + bc), STATE_PARTS, 1, BF16) * tl.load(factors)
+    y = times_vector(kept, tl.load(b + bc), STATE_PARTS, 1, BF16) * decay
     if QUANTISED:
         y *= tl.load(scale + slot * scale_stride + rows)
-    y += times_vector(past, counts, X_PARTS, 3, BF16) + tl.load(factors + HEADS) * x.to(tl.float32)
+    y += times_vector(past, counts, X_PARTS, 3, BF16) + new * x.to(tl.float32)
     squares = gated(y, projected + row * projected_stride, norm_weight, out, rows, GATED)
     if GATED:
         store_sum(squares, out, inner + 2 * head)
 
     entry = position % REPLAY
     tl.store(ring_x + entry * HEAD_DIM + p, x)
-    times = tl.where(k == entry, tl.load(factors + 2 * HEADS), 0)
-    emptied = head % REPLAY == folded_head(0, position, REPLAY)
-    changed = tl.where(emptied, k < REPLAY, k == entry)
+    times = tl.where(k == entry, dt, 0)
+    changed = tl.where(is_folded(head, position, REPLAY), k < REPLAY, k == entry)
     tl.store(ring_dt + slot * ring_dt_stride + head * REPLAY + k, times, mask=changed)
     if head % (HEADS // GROUPS) == 0:  # one for the group
         tl.store(ring_b + slot * ring_b_stride + entry * bc + group * STATE + n, tl.load(b))

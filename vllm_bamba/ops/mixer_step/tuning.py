@@ -11,7 +11,7 @@ class Launch:
 
     Attributes:
         replays: whether states are read only and tokens kept in the ring; else every step writes.
-        num_warps: of the program that serves a head of a row.
+        num_warps: of the program that serves a head of a row (`PREPARE` has those of the kernel in front).
         max_registers: of a thread, for the compiler; None leaves it the choice, which is as many as it can use.
     """
 
@@ -30,12 +30,30 @@ class Tuning:
         return next((launch for most, launch in self.launches if rows <= most), self.launches[-1][1])
 
 
+@dataclass(frozen=True)
+class Prepare:
+    """How the kernel in front of a replayed step divides its work; the best of twelve ways on an H100.
+
+    Attributes:
+        channels: of x that a program convolves.
+        heads: of a group whose factors a program finds.
+        folded: channels of a full ring that a program folds; more of them take registers from all programs.
+        num_warps: of a program.
+    """
+
+    channels: int
+    heads: int
+    folded: int
+    num_warps: int
+
+
+PREPARE = Prepare(channels=512, heads=32, folded=32, num_warps=4)
 ANY = 1 << 30  # rows
 
 DEFAULT = Tuning(((1, Launch(replays=False, num_warps=8)), (ANY, Launch(replays=True, num_warps=4))))
 
-# (compute capability, bytes of a number in a checkpoint); benchmarks/tune_mixer_step.py, rows of an H100 in
-# benchmarks/results
+# (compute capability, bytes of a number in a checkpoint), for activations in bf16 and heads of 64 x 128, as released;
+# benchmarks/tune_mixer_step.py, rows of an H100 in benchmarks/results
 TUNED: dict[tuple[tuple[int, int], int], Tuning] = {
     ((9, 0), 2): Tuning(
         ((1, Launch(replays=False, num_warps=8)), (ANY, Launch(replays=True, num_warps=4))),
@@ -50,8 +68,8 @@ TUNED: dict[tuple[tuple[int, int], int], Tuning] = {
 }
 
 
-def tuning_for(device: torch.device, state_dtype: torch.dtype) -> Tuning:
-    """What is known of a GPU and checkpoints of this dtype."""
-    if device.type != "cuda":
+def tuning_for(ssm: torch.Tensor, activations: torch.dtype) -> Tuning:
+    """What is known to suit a GPU and checkpoints [slots, heads, head_dim, state]."""
+    if not ssm.is_cuda or activations != torch.bfloat16 or ssm.shape[2:] != (64, 128):
         return DEFAULT
-    return TUNED.get((torch.cuda.get_device_capability(device), state_dtype.itemsize), DEFAULT)
+    return TUNED.get((torch.cuda.get_device_capability(ssm.device), ssm.dtype.itemsize), DEFAULT)

@@ -81,7 +81,7 @@ def warm_up(
     """
     if device.type == "cpu":
         return  # the C++ kernel is made already
-    use_tuned_launches(x[1], B[1], chunk_size, device)
+    use_tuned_launches(x[1], B[1], chunk_size, dtype, device)
     tokens = {"dtype": dtype, "device": device}
     of_heads = torch.ones(x[0], **tokens)
     cache = torch.zeros(1, *x, B[1], dtype=state_dtype, device=device)

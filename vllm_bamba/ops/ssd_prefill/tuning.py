@@ -1,6 +1,6 @@
 """Launches of vLLM's scan kernels that are known to be fast, so that no start has to try them all out.
 
-From `benchmarks/tune_ssd_prefill.py`; what is not in the table is left to Triton's autotuner.
+From `benchmarks/tune_ssd_prefill.py`, for activations in bf16; what is not in the table is left to Triton's autotuner.
 """
 
 from collections.abc import Mapping

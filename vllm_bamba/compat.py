@@ -16,8 +16,7 @@ operator `vllm::mamba_mixer2`
 `vllm.model_executor.layers.mamba.ops`
     The operators underneath ours. Goes operator by operator, as each gets a kernel of its own.
 `configs`, `cache` and `cache_results` of its autotuned scan kernels (Triton 3.6 and 3.9)
-    Starts need not try launches out: what was found is kept, and a table (empty yet) can fix them. Goes with the scan's
-    kernels.
+    A table (empty yet) can fix launches, so that starts need not try them out. Goes with the scan's kernels.
 `find_matched_target` (by the name of `mixer.InProjectionLinear`)
     compressed-tensors' target "Linear" is looked for in a layer's class name. Goes when vLLM asks for the base class.
 `CacheConfig.mamba_ssm_cache_dtype`
@@ -108,7 +107,6 @@ __all__ = [
     "forget_autotuning",
     "free_blocks_in_order",
     "is_conv_state_dim_first",
-    "keep_autotuning",
     "key_of",
     "measure_system_messages",
     "mix_opaquely",
@@ -173,15 +171,6 @@ def autotuned_kernels(*modules: ModuleType) -> dict[str, Any]:
 
     found = {name: kernel for module in modules for name, kernel in vars(module).items()}
     return {name: kernel for name, kernel in found.items() if isinstance(kernel, Autotuner)}
-
-
-def keep_autotuning(*modules: ModuleType) -> None:
-    """Have Triton keep on disk, beside the compiled kernels, which launch it found fastest for those of these modules.
-
-    A later start then takes the same launch without trying all of them again, and sums in the same order.
-    """
-    for kernel in autotuned_kernels(*modules).values():
-        kernel.cache_results = True
 
 
 def forget_autotuning(*modules: ModuleType) -> None:

@@ -26,11 +26,9 @@ from helpers import (
     randn,
 )
 from transformers.models.bamba import modeling_bamba
-from triton.runtime.autotuner import Autotuner
-from vllm.model_executor.layers.mamba.ops import ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_state_passing
 from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadataBuilder
 
-from vllm_bamba.compat import fix_launches, keep_autotuning
+from vllm_bamba.compat import autotuned_kernels, fix_launches
 from vllm_bamba.ops.ssd_prefill import kernels, ssd_prefill
 from vllm_bamba.ops.ssd_prefill.reference import ssd_prefill_reference
 from vllm_bamba.ops.ssm_step import ssm_step
@@ -344,20 +342,6 @@ def test_plan_of_one_chunk_is_the_one_made_by_hand(continues: bool) -> None:
             assert torch.equal(value, expected) if isinstance(value, torch.Tensor) else value == expected
 
 
-def test_what_autotuning_found_is_kept_for_the_next_start() -> None:
-    @triton.jit
-    def kernel(N: tl.constexpr):
-        pass
-
-    module = ModuleType("kernels")
-    module.tuned = triton.autotune([triton.Config({"N": 1})], key=[])(kernel)
-    module.other = kernel
-    assert not module.tuned.cache_results
-    keep_autotuning(module)
-    assert module.tuned.cache_results
-    assert not hasattr(module.other, "cache_results")
-
-
 def test_launches_can_be_fixed_where_the_kernel_still_has_such_tiles() -> None:
     @triton.jit
     def kernel(N: tl.constexpr):
@@ -374,8 +358,7 @@ def test_launches_can_be_fixed_where_the_kernel_still_has_such_tiles() -> None:
 
 
 @pytest.mark.gpu
-def test_vllms_scan_keeps_it() -> None:
-    tuned = [k for m in (ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_state_passing) for k in vars(m).values()]
-    tuned = [kernel for kernel in tuned if isinstance(kernel, Autotuner)]
+def test_vllms_scan_kernels_are_found_and_a_start_need_not_try_their_launches_again() -> None:
+    tuned = autotuned_kernels(*kernels.MODULES)
     assert len(tuned) >= 4
-    assert all(kernel.cache_results for kernel in tuned)
+    assert all(kernel.cache_results for kernel in tuned.values()), "vLLM has Triton keep what it found"

@@ -4,12 +4,11 @@ import torch
 from vllm.model_executor.layers.mamba.ops import ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_state_passing
 from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
 
-from vllm_bamba.compat import fix_launches, keep_autotuning
+from vllm_bamba.compat import fix_launches
 from vllm_bamba.ops.ssd_prefill.tuning import TUNED
 from vllm_bamba.state import PrefillPlan
 
 MODULES = (ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_state_passing)
-keep_autotuning(*MODULES)
 
 
 def use_tuned_launches(head_dim: int, state: int, chunk_size: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -34,7 +34,7 @@ from vllm_bamba.config import BambaShape
 from vllm_bamba.ops.mixer_step import StepWeights, mixer_step
 from vllm_bamba.ops.mixer_step.tuning import tuning_for
 from vllm_bamba.ops.slot_state import write_inputs, write_states
-from vllm_bamba.state import DecodePlan, FusedSlots, PrefillPlan, SlotFormat, mixer_shard
+from vllm_bamba.state import EIGHT_BITS, DecodePlan, FusedSlots, PrefillPlan, SlotFormat, mixer_shard
 
 PERPLEXITY_LIMIT = 1e-3  # relative to fp32's
 KL_LIMIT = 1e-3  # nats a token, on average
@@ -47,7 +47,7 @@ sys.path += [str(ROOT / "examples"), str(ROOT / "tests")]  # train_tiny, triton_
 
 Precision = tuple[torch.dtype, int]  # of the state, and tokens of the ring in front of it (0: it is written every step)
 EXACT: Precision = (torch.float32, 0)
-STATES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+STATES = (torch.float32, torch.bfloat16, torch.float16, *EIGHT_BITS.values())
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -8,7 +8,7 @@
 | `fused` | our own kernel | off |
 | `fused_slots` | the same | prefix-aware slots |
 | `fused_every_step` | our own kernel, states written after every token | off |
-| `fused_int8` | our own kernel, states of 8 bits | off |
+| `fused_int8`, `fused_fp8` | our own kernel, states of 8 bits | off |
 """
 
 import argparse
@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "fused_every_step": {"additional_config": {"bamba_fused_step": True, "bamba_replay": 0}},
     "fused_int8": {"additional_config": {"bamba_fused_step": True, "bamba_state_dtype": "int8"}},
+    "fused_fp8": {"additional_config": {"bamba_fused_step": True, "bamba_state_dtype": "fp8"}},
 }
 STATES = 3  # of a caching request: the step's, the one before, and with asynchronous scheduling the one before that
 FREE_AT_START = 0.05  # of a GPU's memory: with its cache given in bytes an engine asks for no more before it loads
@@ -136,7 +137,7 @@ def cache_bytes(config: PreTrainedConfig, options: Mapping[str, Any], requests: 
 def state_bytes(config: PreTrainedConfig, options: Mapping[str, Any]) -> int:
     """Bytes of one sequence's state in one layer, as the engine lays it out."""
     from vllm_bamba.config import BambaShape
-    from vllm_bamba.state import SlotFormat, mixer_shard, state_shapes
+    from vllm_bamba.state import EIGHT_BITS, SlotFormat, mixer_shard, state_shapes
     from vllm_bamba.step_options import StepOptions
 
     shape, asked = BambaShape.from_hf(config), options["additional_config"]
@@ -145,7 +146,7 @@ def state_bytes(config: PreTrainedConfig, options: Mapping[str, Any]) -> int:
     shapes: tuple[tuple[int, ...], ...] = state_shapes(shape, 1, 0)
     dtypes = (dtype, state_dtype)
     if asked["bamba_fused_step"]:
-        state_dtype = dtype_of(asked.get("bamba_state_dtype", dtype_name(state_dtype)))
+        state_dtype = EIGHT_BITS.get(asked.get("bamba_state_dtype"), state_dtype)
         replay = asked.get("bamba_replay", StepOptions.replay)
         form = SlotFormat(mixer_shard(shape, 1), shape.conv_width, dtype, state_dtype, replay)
         shapes, dtypes = form.shapes(), form.dtypes()
@@ -210,7 +211,7 @@ def columns(config: Any) -> dict[str, str]:
     mode = cache.mamba_cache_mode if cache.enable_prefix_caching else "none"
     of_state = state_dtypes(config.model_config.dtype, cache)[1]
     return {
-        "state_dtype": "int8" if StepOptions.of(config).eight_bits else dtype_name(of_state),
+        "state_dtype": dtype_name(StepOptions.of(config).eight_bits or of_state),
         "cache_mode": "slots" if active(config) else mode,
         "details": f"compilation {compilation.mode.name.lower()}; "
         f"CUDA graphs {compilation.cudagraph_mode.name.lower()}",

@@ -391,7 +391,7 @@ def readable(tiny, tmp_path_factory) -> list[str]:
 def test_accuracy_judges_every_precision_of_the_state(readable, tmp_path, capsys):
     bench_accuracy.main([*readable, *common(tmp_path)])
     found = read(tmp_path, "bench_accuracy")
-    states = ("float32", "bfloat16", "float16", "int8")
+    states = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
     kept = {("float32", state, f"replay_{replay}") for state in states for replay in (0, 16)}
     kept.add(("bfloat16", "float32", "replay_0"))
     metrics = {"perplexity", "kl_mean", "kl_p99", "kl_worst"}

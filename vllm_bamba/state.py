@@ -156,6 +156,10 @@ def channels_first(conv_state: torch.Tensor) -> torch.Tensor:
     return conv_state if is_conv_state_dim_first() else conv_state.transpose(-1, -2)
 
 
+# dtypes of a checkpoint with a scale for every channel of a head, by the name that users give
+EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
 class FusedSlots(NamedTuple):
     """The slots of a layer as the fused step keeps them; layout and reasons in ops/README.md.
 
@@ -203,7 +207,7 @@ class SlotFormat:
         shard: this rank's part of the mixer.
         width: of the convolution.
         dtype: of the convolution's inputs, x and B: that of activations unless the user chose another.
-        state_dtype: of the checkpoint: fp32, bf16, fp16 or int8.
+        state_dtype: of the checkpoint: fp32, bf16, fp16 or one of `EIGHT_BITS`.
         replay: tokens that the ring holds; 0 without one.
     """
 
@@ -221,7 +225,7 @@ class SlotFormat:
             "conv": ((self.width, shard.local_conv_channels), self.dtype),
             "ssm": ((heads, head_dim, shard.state), self.state_dtype),
         }
-        if self.state_dtype == torch.int8:
+        if self.state_dtype in EIGHT_BITS.values():
             tensors["scale"] = ((heads, head_dim), torch.float32)
         if self.replay:
             tensors["ring_x"] = ((heads, self.replay, head_dim), self.dtype)

@@ -6,7 +6,7 @@ Options of the engine, in vLLM's `additional_config`:
 |---|---|---|
 | `bamba_fused_step` | false | decode with kernels of our own instead of vLLM's operators |
 | `bamba_replay` | 16 | tokens after which a state is written; 0: after every one. One of 0, 8, 16, 32 |
-| `bamba_state_dtype` | as `--mamba-ssm-cache-dtype` | `"int8"`: 8 bits and a scale for every channel of a head |
+| `bamba_state_dtype` | as `--mamba-ssm-cache-dtype` | `"int8"`, `"fp8"` (e4m3): 8 bits, scaled by channel |
 
 The step is off unless asked for: in engines on a GPU not all of its tests have passed yet.
 """
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from vllm.platforms import current_platform
 
-from vllm_bamba.state import SlotFormat, mixer_shard, state_dtypes, state_shapes
+from vllm_bamba.state import EIGHT_BITS, SlotFormat, mixer_shard, state_dtypes, state_shapes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -37,7 +37,7 @@ class StepOptions:
     KEYS: ClassVar = ("bamba_fused_step", "bamba_replay", "bamba_state_dtype")
     fused: bool = False
     replay: int = 16
-    eight_bits: bool = False
+    eight_bits: torch.dtype | None = None
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> StepOptions:
@@ -53,19 +53,20 @@ class StepOptions:
             raise ValueError(f"additional_config: bamba_fused_step is {fused!r}, expected true or false.")
         if replay not in REPLAYS or isinstance(replay, bool):
             raise ValueError(f"additional_config: bamba_replay is {replay!r}, expected one of {REPLAYS}.")
-        if dtype not in (None, "int8"):
+        if dtype not in (None, *EIGHT_BITS):
             raise ValueError(
-                f'additional_config: bamba_state_dtype is {dtype!r}, expected "int8"; other dtypes of the state are '
+                f"additional_config: bamba_state_dtype is {dtype!r}, expected one of {[*EIGHT_BITS]}; other dtypes are "
                 "set with --mamba-ssm-cache-dtype."
             )
         if not fused and {"bamba_replay", "bamba_state_dtype"} & given.keys():
             raise ValueError("additional_config: bamba_replay and bamba_state_dtype need bamba_fused_step: true.")
-        return cls(fused, replay, dtype == "int8")
+        return cls(fused, replay, EIGHT_BITS[dtype] if dtype else None)
 
 
 def check_step(vllm_config: VllmConfig, shape: BambaShape) -> None:
     """Raise ValueError where the fused step is asked for and cannot serve."""
-    if not StepOptions.of(vllm_config).fused:
+    options = StepOptions.of(vllm_config)
+    if not options.fused:
         return
     sizes = {"mamba_d_head": shape.mamba_head_dim, "mamba_d_state": shape.mamba_state}
     odd = [
@@ -75,6 +76,9 @@ def check_step(vllm_config: VllmConfig, shape: BambaShape) -> None:
     ]
     reasons = {
         " and ".join(odd): bool(odd),
+        "fp8 states need a GPU of compute capability 8.9 or later": options.eight_bits == torch.float8_e4m3fn
+        and current_platform.is_cuda()
+        and not current_platform.has_device_capability(89),
         "speculative decoding takes tokens back": vllm_config.speculative_config is not None,
         "there is no NVIDIA GPU": not current_platform.is_cuda() and os.environ.get("TRITON_INTERPRET") != "1",
     }
@@ -91,8 +95,7 @@ def slot_format(vllm_config: VllmConfig, shape: BambaShape) -> SlotFormat | None
     cache, dtype = vllm_config.cache_config, vllm_config.model_config.dtype
     conv_dtype, state_dtype = state_dtypes(dtype, cache)
     shard = mixer_shard(shape, vllm_config.parallel_config.tensor_parallel_size)
-    state_dtype = torch.int8 if options.eight_bits else state_dtype
-    return SlotFormat(shard, shape.conv_width, conv_dtype, state_dtype, options.replay)
+    return SlotFormat(shard, shape.conv_width, conv_dtype, options.eight_bits or state_dtype, options.replay)
 
 
 def slot_shapes(vllm_config: VllmConfig, shape: BambaShape) -> tuple[tuple[int, ...], ...]:

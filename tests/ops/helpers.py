@@ -119,8 +119,19 @@ def worst(value: torch.Tensor, exact: torch.Tensor) -> float:
     return (value.double() - exact).abs().max().item()
 
 
-def assert_precise(value: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what: str) -> None:
-    """`value` is at most twice as far from the fp64 truth as plain torch code in the same precision.
+def usual(value: torch.Tensor, exact: torch.Tensor) -> float:
+    """Root mean square error."""
+    return (value.double() - exact).square().mean().sqrt().item()
+
+
+def assert_precise(
+    value: torch.Tensor,
+    exact: torch.Tensor,
+    plain: torch.Tensor,
+    what: str,
+    far: Callable[[torch.Tensor, torch.Tensor], float] = worst,
+) -> None:
+    """`value` is at most twice as `far` from the fp64 truth as plain torch code in the same precision.
 
     The floor, for the cases that plain code gets exactly right by chance, is one unit in the last place of the
     largest number; on a GPU two in fp32, which is what `ex2.approx`, Triton's exp, may be off by (PTX ISA).
@@ -130,7 +141,7 @@ def assert_precise(value: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor
     eps = max(torch.finfo(value.dtype).eps, torch.finfo(plain.dtype).eps)
     units = 2 if DEVICE.type == "cuda" and eps == torch.finfo(torch.float32).eps else 1
     floor = units * eps * exact.abs().max().item()
-    error, allowed = worst(value, exact), 2 * worst(plain.to(value.dtype), exact) + floor
+    error, allowed = far(value, exact), 2 * far(plain.to(value.dtype), exact) + floor
     assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
 
 

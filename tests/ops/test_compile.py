@@ -19,17 +19,17 @@ SHAPE = {"HEADS": 128, "HEAD_DIM": 64, "GROUPS": 1, "STATE": 128, "WIDTH": 4, "B
 FP32 = {"a_ptr", "scale", "ring_dt", "states", "factors"}
 INT32 = {"slots", "lengths"}
 UNALIGNED = {"slots", "lengths", "continues", "slots_stride"}  # as `of_any_batch` has them
-STATES = {"fp32": False, "bf16": False, "fp16": False, "i8": True}
+STATES = {"fp32": False, "bf16": False, "fp16": False, "i8": True, "fp8e4nv": True}
 STEP = [
     {"kernel": "replay" if launch.replays else "step", "state": state, "REPLAY": 16, "launch": launch}
-    for state, size in {"fp32": 4, "bf16": 2, "fp16": 2, "i8": 1}.items()
+    for state, size in {"fp32": 4, "bf16": 2, "fp16": 2, "i8": 1, "fp8e4nv": 1}.items()
     for launch in dict.fromkeys(o for t in (DEFAULT, TUNED.get(((9, 0), size), DEFAULT)) for _, o in t.launches)
 ]
 STEP += [{"kernel": "step", "state": state, "REPLAY": 0, "launch": DEFAULT.launches[0][1]} for state in STATES]
 OTHERS = [
     {"kernel": kernel, "state": state, "REPLAY": 16}
     for kernel in ("prepare", "read", "write")
-    for state in ("bf16", "i8")
+    for state in ("bf16", "i8", "fp8e4nv")
 ]
 CASES = [*STEP, *OTHERS, {"kernel": "gate", "state": "bf16"}]
 

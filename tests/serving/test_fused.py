@@ -8,6 +8,7 @@ import torch
 from parity import Engine, Reference, assert_same, check_low_precision, random_prompts, save_random
 
 from vllm_bamba.ops.mixer_step import tuning
+from vllm_bamba.state import EIGHT_BITS
 
 FUSED = {"bamba_fused_step": True, "bamba_replay": 8}
 TESTS = pathlib.Path(__file__).parent.parent
@@ -62,8 +63,9 @@ def test_states_in_the_prefix_cache_carry_their_rings(tmp_path, both_ways):
     assert_same(again, expected)
 
 
-def test_the_embedded_checkpoint_in_bfloat16_with_states_in_8_bits(tiny, both_ways):
-    options = FUSED | {"bamba_state_dtype": "int8"}
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_the_embedded_checkpoint_in_bfloat16_with_states_in_8_bits(dtype, tiny, both_ways):
+    options = FUSED | {"bamba_state_dtype": dtype}
     with Engine(tiny, dtype="bfloat16", additional_config=options) as engine:
         answers = engine.answers(random_prompts([5, 20, 40], vocabulary=1024, seed=3), 9)
     check_low_precision(answers, Reference(tiny), Reference(tiny, torch.bfloat16))
@@ -71,12 +73,12 @@ def test_the_embedded_checkpoint_in_bfloat16_with_states_in_8_bits(tiny, both_wa
 
 def test_8_bit_states_hold_more_sequences(tiny):
     pages = {}
-    for name, options in (("bf16", FUSED), ("int8", FUSED | {"bamba_state_dtype": "int8"})):
+    for name, options in {"bf16": FUSED, "fp8": FUSED | {"bamba_state_dtype": "fp8"}}.items():
         with Engine(tiny, dtype="bfloat16", mamba_ssm_cache_dtype="bfloat16", additional_config=options) as engine:
             layer = engine.llm.llm_engine.vllm_config.compilation_config.static_forward_context["model.layers.0.mamba"]
             slots = layer.mixing.form.bind(layer.kv_cache)
             pages[name] = slots.ssm[0].nbytes + (0 if slots.scale is None else slots.scale[0].nbytes)
-    assert pages["int8"] < 0.6 * pages["bf16"]
+    assert pages["fp8"] < 0.6 * pages["bf16"]
 
 
 @pytest.mark.multiprocess
@@ -99,7 +101,7 @@ def test_two_ranks_equal_transformers(tmp_path, monkeypatch):
     [
         ({"bamba_fused_step": 1}, "bamba_fused_step is 1, expected true or false"),
         ({"bamba_fused_step": True, "bamba_replay": 5}, "bamba_replay is 5, expected one of"),
-        ({"bamba_fused_step": True, "bamba_state_dtype": "int4"}, "bamba_state_dtype is 'int4', expected"),
+        ({"bamba_fused_step": True, "bamba_state_dtype": ["int8"]}, "bamba_state_dtype is .'int8'., expected one of"),
         ({"bamba_state_dtype": "int8"}, "need bamba_fused_step: true"),
         ({"bamba_fused": True}, "bamba_fused unknown, there are .*bamba_fused_step"),
     ],

@@ -31,6 +31,7 @@ STEPS = {  # the decode step
     "fused_step": {"bamba_fused_step": True},
     "fused_step_int8": {"bamba_fused_step": True, "bamba_state_dtype": "int8"},
 }
+FP8 = {"bamba_fused_step": True, "bamba_state_dtype": "fp8"}
 each_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
 
 CONFIGURATIONS = {
@@ -59,7 +60,7 @@ def test_small_configurations_equal_transformers(step, changes, tmp_path):
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["compiled_with_cuda_graphs", "eager"])
-@each_step
+@pytest.mark.parametrize("step", [*STEPS.values(), FP8], ids=[*STEPS, "fused_step_fp8"])
 def test_embedded_checkpoint_equals_transformers(step, eager, tiny):
     prompts = random_prompts([1, 3, 64, 200, 700], vocabulary=1024)
     options = DEFAULTS | {"enforce_eager": eager, "max_model_len": 1024, "additional_config": step}

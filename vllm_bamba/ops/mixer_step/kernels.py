@@ -133,19 +133,32 @@ def noise(seed, index):
 
 
 @triton.jit
+def rounded_at_random(value, noise, dtype: tl.constexpr):
+    """Values of at most the dtype's largest, int8 or e4m3, down or up to one of its numbers, on average what they were.
+
+    Between e4m3's numbers are steps of 1/8 of the power of two below, and of 2^-9 from zero to 2^-6.
+    """
+    if dtype == tl.int8:
+        return tl.minimum(tl.maximum(tl.floor(value + noise), -127), 127)
+    exponent = tl.maximum((value.to(tl.int32, bitcast=True) >> 23) & 0xFF, 127 - 6)
+    step = ((exponent - 3) << 23).to(tl.float32, bitcast=True)
+    return tl.minimum(tl.maximum(tl.floor(value / step + noise) * step, -448), 448)
+
+
+@triton.jit
 def store_state(state, ssm, scale, rows, tile, position, QUANTISED: tl.constexpr):
     """Write a head's state; 8 bits with a scale a row, rounded up or down at random so that nothing is lost on average.
 
     The random numbers depend on the position in the text and in the state alone: the same request gives the same.
     """
+    dtype: tl.constexpr = ssm.dtype.element_ty
     if QUANTISED:
-        step = tl.max(tl.abs(state), 1) / 127
+        LARGEST: tl.constexpr = 127 if dtype == tl.int8 else 448
+        step = tl.max(tl.abs(state), 1) / LARGEST
         scaled = state / tl.where(step > 0, step, 1)[:, None]
-        rounded = tl.floor(scaled + noise(position, tile))
         tl.store(scale + rows, step)
-        tl.store(ssm + tile, tl.minimum(tl.maximum(rounded, -127), 127).to(ssm.dtype.element_ty))
-    else:
-        tl.store(ssm + tile, state.to(ssm.dtype.element_ty))
+        state = rounded_at_random(scaled, noise(position, tile), dtype)
+    tl.store(ssm + tile, state.to(dtype))
 
 
 @triton.jit

@@ -6,12 +6,13 @@ import torch
 from vllm.platforms import current_platform
 
 from vllm_bamba.config import NO_TIME_STEP_LIMIT
+from vllm_bamba.ops.ssd_prefill.kernels import use_tuned_launches
 from vllm_bamba.state import PrefillPlan
 
 if current_platform.is_cpu():
     from vllm_bamba.ops.ssd_prefill.cpu import scan
 else:
-    from vllm_bamba.ops.ssd_prefill.kernels import scan, use_tuned_launches
+    from vllm_bamba.ops.ssd_prefill.kernels import scan
 
 __all__ = ["scan", "ssd_prefill", "warm_up"]
 

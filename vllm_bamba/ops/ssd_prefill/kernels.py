@@ -13,7 +13,7 @@ MODULES = (ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_state_passing)
 
 def use_tuned_launches(head_dim: int, state: int, chunk_size: int, dtype: torch.dtype, device: torch.device) -> None:
     """Have the kernels launched as the table says, where it has this GPU and these sizes."""
-    if dtype != torch.bfloat16:
+    if device.type != "cuda" or dtype != torch.bfloat16:
         return
     capability = torch.cuda.get_device_capability(device)
     fix_launches(TUNED.get((capability, (head_dim, state, chunk_size)), {}), *MODULES)

@@ -76,7 +76,7 @@ def wrong_ones(build: Callable[[Problem], Case], problem: Problem) -> dict[str, 
     case = fresh()
     truth = case.reference(torch.float64)
     scale = truth.abs().max().item()
-    limit = 2 * (fresh().reference(problem.dtype) - truth).abs().max().item() / scale + 8 * _epsilon(problem)
+    limit = 2 * (case.reference(problem.dtype) - truth).abs().max().item() / scale + 8 * _epsilon(problem)
     limit += case.rounding
     wrong = {}
     for implementation in case.calls:

@@ -235,10 +235,9 @@ def fused_step(p: Problem, int8: bool = False, launches: "Mapping[str, Launch] |
     assert slots.ring_b is not None
     assert slots.ring_dt is not None
     # as a step finds them: of `replay` heads one has a full ring, the next one a token less, and so on
-    ages = (plan.lengths[:, None].long() - 1 - torch.arange(replay, device=p.device)) % replay
-    ages[ages == 0] = replay  # of each entry
-    filled = (plan.lengths[:, None].long() - 1 + torch.arange(heads, device=p.device)) % replay
-    filled[filled == 0] = replay  # entries of each head
+    before = plan.lengths[:, None].long() - 2  # the newest token's position
+    ages = (before - torch.arange(replay, device=p.device)) % replay + 1  # of each entry
+    filled = (before + torch.arange(heads, device=p.device)) % replay + 1  # entries of each head
     slots.ring_dt.abs_().mul_(0.05)
     slots.ring_dt[used] *= ages[:, None] <= filled[:, :, None]
     launches = launches or {OURS: tuning_for(slots.ssm, p.dtype).launch_for(p.tokens)}

@@ -169,8 +169,7 @@ def autotuned_kernels(*modules: ModuleType) -> dict[str, Any]:
     """The kernels of these modules that Triton autotunes, by name."""
     from triton.runtime.autotuner import Autotuner
 
-    found = {name: kernel for module in modules for name, kernel in vars(module).items()}
-    return {name: kernel for name, kernel in found.items() if isinstance(kernel, Autotuner)}
+    return {n: kernel for module in modules for n, kernel in vars(module).items() if isinstance(kernel, Autotuner)}
 
 
 def forget_autotuning(*modules: ModuleType) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -78,22 +79,26 @@ class OperatorMixing(Mixing):
     """vLLM's operators, on slots as vLLM lays them out."""
 
     def decode(self, projected: torch.Tensor, plan: DecodePlan, output: torch.Tensor) -> None:
-        mixer = self.mixer
-        conv_state, ssm_state = channels_first(mixer.kv_cache[0]), mixer.kv_cache[1]
-        xBC, dt = self._split(projected)
-        xBC = causal_conv1d_step(xBC, mixer.conv1d.weight, mixer.conv1d.bias, conv_state, plan)
-        x, B, C = self._heads(xBC)
-        limit, y = mixer.shape.time_step_limit, self._by_head(output)
-        ssm_step(x, dt, mixer.A, B, C, mixer.D, mixer.dt_bias, limit, ssm_state, plan, y)
+        self._mix(projected, plan, output, causal_conv1d_step, ssm_step)
 
     def prefill(self, projected: torch.Tensor, plan: PrefillPlan, output: torch.Tensor) -> None:
+        self._mix(projected, plan, output, causal_conv1d_prefill, ssd_prefill)
+
+    def _mix(
+        self,
+        projected: torch.Tensor,
+        plan: DecodePlan | PrefillPlan,
+        output: torch.Tensor,
+        convolve: Callable[..., torch.Tensor],
+        recur: Callable[..., None],
+    ) -> None:
         mixer = self.mixer
         conv_state, ssm_state = channels_first(mixer.kv_cache[0]), mixer.kv_cache[1]
         xBC, dt = self._split(projected)
-        xBC = causal_conv1d_prefill(xBC, mixer.conv1d.weight, mixer.conv1d.bias, conv_state, plan)
+        xBC = convolve(xBC, mixer.conv1d.weight, mixer.conv1d.bias, conv_state, plan)
         x, B, C = self._heads(xBC)
         limit, y = mixer.shape.time_step_limit, self._by_head(output)
-        ssd_prefill(x, dt, mixer.A, B, C, mixer.D, mixer.dt_bias, limit, ssm_state, plan, y)
+        recur(x, dt, mixer.A, B, C, mixer.D, mixer.dt_bias, limit, ssm_state, plan, y)
 
     def warm_up(self, projected: torch.Tensor) -> None:
         self._warm_scan_up(projected, self.mixer.get_state_dtype()[1])
@@ -160,9 +165,7 @@ class FusedMixing(Mixing):
             gate_for_later(y, gate, mixer.norm.weight, output)
         one = torch.ones(1, 1, dtype=torch.int32, device=device)
         plan = DecodePlan(1, one, one[0], query_start_loc=None, accepted=None)
-        tuning = tuning_for(slots.ssm, projected.dtype)
-        for rows, _ in tuning.launches:
-            launch = tuning.launch_for(rows)
+        for _, launch in tuning_for(slots.ssm, projected.dtype).launches:
             mixer_step(row, self.weights, mixer.shape.time_step_limit, slots, plan, output, launch)
 
     def prefill(self, projected: torch.Tensor, plan: PrefillPlan, output: torch.Tensor) -> None:
@@ -176,9 +179,8 @@ class FusedMixing(Mixing):
         xBC = causal_conv1d_prefill(xBC, mixer.conv1d.weight, mixer.conv1d.bias, scratch, replace(plan, slots=rows))
         x, B, C = self._heads(xBC)
         y = x.new_empty(x.shape) if self.divides_later else self._by_head(output)
-        limit, initial = mixer.shape.time_step_limit, None
-        if plan.any_continues:
-            initial = read_states(slots, mixer.A, plan)
+        limit = mixer.shape.time_step_limit
+        initial = read_states(slots, mixer.A, plan) if plan.any_continues else None
         states = scan(
             x, dt, mixer.A, B, C, mixer.D, mixer.dt_bias, limit, initial, plan, y, torch.float32
         )  # fmt: skip

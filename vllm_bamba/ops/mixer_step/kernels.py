@@ -133,16 +133,18 @@ def noise(seed, index):
 
 
 @triton.jit
-def rounded_at_random(value, noise, dtype: tl.constexpr):
-    """Values of at most the dtype's largest, int8 or e4m3, down or up to one of its numbers, on average what they were.
+def rounded_at_random(value, noise, LARGEST: tl.constexpr, dtype: tl.constexpr):
+    """Values, down or up to a number of the dtype, int8 or e4m3, of at most LARGEST; on average what they were.
 
     Between e4m3's numbers are steps of 1/8 of the power of two below, and of 2^-9 from zero to 2^-6.
     """
     if dtype == tl.int8:
-        return tl.minimum(tl.maximum(tl.floor(value + noise), -127), 127)
-    exponent = tl.maximum((value.to(tl.int32, bitcast=True) >> 23) & 0xFF, 127 - 6)
-    step = ((exponent - 3) << 23).to(tl.float32, bitcast=True)
-    return tl.minimum(tl.maximum(tl.floor(value / step + noise) * step, -448), 448)
+        rounded = tl.floor(value + noise)
+    else:
+        exponent = tl.maximum((value.to(tl.int32, bitcast=True) >> 23) & 0xFF, 127 - 6)
+        step = ((exponent - 3) << 23).to(tl.float32, bitcast=True)
+        rounded = tl.floor(value / step + noise) * step
+    return tl.minimum(tl.maximum(rounded, -LARGEST), LARGEST)
 
 
 @triton.jit
@@ -157,7 +159,7 @@ def store_state(state, ssm, scale, rows, tile, position, QUANTISED: tl.constexpr
         step = tl.max(tl.abs(state), 1) / LARGEST
         scaled = state / tl.where(step > 0, step, 1)[:, None]
         tl.store(scale + rows, step)
-        state = rounded_at_random(scaled, noise(position, tile), dtype)
+        state = rounded_at_random(scaled, noise(position, tile), LARGEST, dtype)
     tl.store(ssm + tile, state.to(dtype))
 
 

@@ -16,7 +16,7 @@ operator `vllm::mamba_mixer2`
 `vllm.model_executor.layers.mamba.ops`
     The operators underneath ours. Goes operator by operator, as each gets a kernel of its own.
 `configs`, `cache` and `cache_results` of its autotuned scan kernels (Triton 3.6 and 3.9)
-    A table (empty yet) can fix launches, so that starts need not try them out. Goes with the scan's kernels.
+    A table can fix launches, so that starts need not try them out. Goes with the scan's kernels.
 `find_matched_target` (by the name of `mixer.InProjectionLinear`)
     compressed-tensors' target "Linear" is looked for in a layer's class name. Goes when vLLM asks for the base class.
 `CacheConfig.mamba_ssm_cache_dtype`

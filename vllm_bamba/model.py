@@ -39,7 +39,7 @@ from vllm_bamba.compat import MambaStateCopyFuncCalculator, prepare_lora
 from vllm_bamba.config import BambaShape
 from vllm_bamba.mixer import BambaMixer
 from vllm_bamba.prefix.options import attention_spec
-from vllm_bamba.step_options import slot_dtypes, slot_shapes
+from vllm_bamba.step_options import StepOptions, slot_dtypes, slot_shapes
 from vllm_bamba.weights import STACKED, load_weights
 
 Residual: TypeAlias = torch.Tensor | None
@@ -264,6 +264,10 @@ class BambaForCausalLM(
             self.lm_head = PPMissingLayer()
         self.logits_processor = LogitsProcessor(self.shape.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        if StepOptions.of(vllm_config).fused:
+            from vllm_bamba.linear import use_skinny_products
+
+            use_skinny_products(self, vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_input_ids(input_ids)

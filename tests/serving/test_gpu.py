@@ -43,6 +43,7 @@ CONFIGURATIONS = {
     "no_attention_layer": {"attn_layer_indices": []},
     "conv_width_2": {"mamba_d_conv": 2},
     "chunks_of_256": {"mamba_chunk_size": 256},
+    "sums_long_enough_for_skinny_products": {"hidden_size": 512, "intermediate_size": 1024, "mamba_n_heads": 16},
 }
 
 
@@ -89,7 +90,8 @@ def test_chunked_prefill_equals_transformers(step, tiny):
     check_low_precision(answers, *references(tiny))
 
 
-def test_adapter_equals_merged_model_and_leaves_other_requests_alone(tmp_path):
+@pytest.mark.parametrize("step", [STEPS["vllm_step"], STEPS["fused_step"]], ids=["vllm_step", "fused_step"])
+def test_adapter_equals_merged_model_and_leaves_other_requests_alone(step, tmp_path):
     from test_lora import PROJECTIONS, save_adapter
     from vllm.lora.request import LoRARequest
 
@@ -98,7 +100,7 @@ def test_adapter_equals_merged_model_and_leaves_other_requests_alone(tmp_path):
     merged = save_adapter(path, str(tmp_path / "adapter"), PROJECTIONS)
     merged.save_pretrained(tmp_path / "merged")
     requests = [None, LoRARequest("adapter", 1, str(tmp_path / "adapter"))] * 2
-    with Engine(path, **DEFAULTS, enable_lora=True, max_lora_rank=8) as engine:
+    with Engine(path, **DEFAULTS, enable_lora=True, max_lora_rank=8, additional_config=step) as engine:
         answers = engine.answers(random_prompts([1, 5, 20, 33]), 24, prompt_logprobs=False, lora_request=requests)
     check_low_precision(answers[0::2], *references(path))
     check_low_precision(answers[1::2], *references(str(tmp_path / "merged")))

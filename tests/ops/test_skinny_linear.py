@@ -1,0 +1,84 @@
+"""The product of few rows against its fp64 reference."""
+
+import pytest
+import torch
+from helpers import DEVICE, assert_precise, inside, randn
+
+from vllm_bamba.ops.skinny_linear import skinny_linear
+from vllm_bamba.ops.skinny_linear.reference import skinny_linear_reference
+from vllm_bamba.ops.skinny_linear.tuning import TUNED, Launch
+
+LAUNCHES = [
+    Launch(rows=16, columns=32, depth=64, num_stages=2, num_warps=2),
+    Launch(rows=32, columns=64, depth=128, num_stages=3, num_warps=4),
+]
+
+
+def check(x: torch.Tensor, weight: torch.Tensor, launches: list[Launch]) -> torch.Tensor:
+    y = skinny_linear(x, weight, launches)
+    assert y.shape == (len(x), len(weight))
+    assert y.dtype == x.dtype
+    exact = skinny_linear_reference(x.double(), weight.double())
+    plain = skinny_linear_reference(x, weight)
+    for row in range(len(x)):
+        assert_precise(y[row], exact[row], plain[row], f"row {row}")
+    return y
+
+
+@pytest.mark.parametrize("columns", [1, 32, 100])
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 32])
+def test_product_is_the_reference(rows: int, columns: int) -> None:
+    x, weight = randn(1, rows, 256, dtype=torch.bfloat16), randn(2, columns, 256, dtype=torch.bfloat16)
+    check(x, weight, LAUNCHES)
+
+
+def test_rows_are_parts_of_longer_ones() -> None:
+    x, weight = randn(1, 3, 128, dtype=torch.bfloat16), randn(2, 48, 128, dtype=torch.bfloat16)
+    assert torch.equal(check(inside(x), weight, LAUNCHES), skinny_linear(x, weight, LAUNCHES))
+
+
+def test_rows_do_not_depend_on_each_other() -> None:
+    """Nor do rows that are not there, which repeat the last one, change anything."""
+    x, weight = randn(1, 9, 128, dtype=torch.bfloat16), randn(2, 48, 128, dtype=torch.bfloat16)
+    together = skinny_linear(x, weight, LAUNCHES)
+    x[4:] = float("nan")
+    assert torch.equal(skinny_linear(x, weight, LAUNCHES)[:4], together[:4])
+    assert torch.equal(skinny_linear(x[:4], weight, LAUNCHES), together[:4])
+
+
+@pytest.mark.parametrize("rows", [0, 33])
+def test_other_numbers_of_rows_go_to_pytorch(rows: int) -> None:
+    x, weight = randn(1, rows, 128, dtype=torch.bfloat16), randn(2, 48, 128, dtype=torch.bfloat16)
+    assert torch.equal(skinny_linear(x, weight, LAUNCHES), torch.nn.functional.linear(x, weight))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x, weight = randn(1, 3, 64, dtype=torch.bfloat16), randn(2, 48, 128, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"x \(3, 64\) of torch.bfloat16 and weight \(48, 128\)"):
+        skinny_linear(x, weight)
+    with pytest.raises(ValueError, match="do not fit"):
+        skinny_linear(x.float(), weight[:, :64])
+
+
+@pytest.mark.parametrize("tuning", TUNED.values(), ids=str)
+def test_tables_are_in_ascending_order(tuning) -> None:
+    for launches in (tuning.few, tuning.many):
+        assert [o.rows for o in launches] == sorted({o.rows for o in launches})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 8, 16, 32, 33, 64])
+@pytest.mark.parametrize(
+    ("columns", "depth"), [(16768, 4096), (4096, 8192), (28672, 4096), (4096, 14336), (6144, 4096)]
+)
+def test_full_shapes(rows: int, columns: int, depth: int) -> None:
+    """Bamba-9B's, with the launches of this GPU's table: precise, and bitwise the same every time."""
+    generator = torch.Generator(DEVICE).manual_seed(rows)
+    x, weight = (torch.randn(n, depth, device=DEVICE, generator=generator).bfloat16() for n in (rows, columns))
+    first = skinny_linear(x, weight)
+    exact = skinny_linear_reference(x.double(), weight.double())
+    plain = skinny_linear_reference(x, weight)
+    for row in range(rows):
+        assert_precise(first[row], exact[row], plain[row], f"row {row}")
+    for _ in range(20):
+        assert torch.equal(skinny_linear(x, weight), first)

@@ -1,0 +1,49 @@
+"""A linear map of few rows: decode steps of small batches, which wait for nothing but weights."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+import triton
+
+from vllm_bamba.ops.skinny_linear.kernels import linear_kernel
+from vllm_bamba.ops.skinny_linear.tuning import Launch, launches_for
+
+
+def skinny_linear(x: torch.Tensor, weight: torch.Tensor, launches: Sequence[Launch] | None = None) -> torch.Tensor:
+    """x times weight transposed; more rows than any launch serves, and what has none, go to PyTorch's product.
+
+    Args:
+        x: [rows, K]; its rows may be parts of longer ones.
+        weight: [N, K], of x's dtype.
+        launches: from which to choose, in ascending order of rows; by default what is tuned for the GPU.
+
+    Returns:
+        [rows, N] in x's dtype, summed in fp32.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit each other.
+    """
+    rows, depth = x.shape
+    if weight.shape[1] != depth or weight.dtype != x.dtype:
+        raise ValueError(
+            f"x {tuple(x.shape)} of {x.dtype} and weight {tuple(weight.shape)} of {weight.dtype} do not fit"
+        )
+    if launches is None:
+        launches = launches_for(weight)
+    launch = next((launch for launch in launches if rows <= launch.rows), None)
+    if launch is None or rows == 0 or x.stride(1) != 1:
+        return F.linear(x, weight)
+    out = x.new_empty(rows, len(weight))
+    linear_kernel[(triton.cdiv(len(weight), launch.columns),)](
+        x, weight, out, rows, x.stride(0), out.stride(0),
+        N=len(weight), K=depth, ROWS=launch.rows, COLUMNS=launch.columns, DEPTH=launch.depth,
+        STAGES=launch.num_stages, num_warps=launch.num_warps,
+    )  # fmt: skip
+    return out
+
+
+def warm_up(weight: torch.Tensor) -> None:
+    """Have the kernels made that serve a weight [N, K]; they are shared with all that divide alike by 16."""
+    for launch in launches_for(weight):
+        skinny_linear(weight.new_zeros(launch.rows, weight.shape[1]), weight, [launch])

@@ -1,0 +1,55 @@
+"""How the kernel is launched. Nothing is tried out at run time: start-up is short and results repeat."""
+
+from dataclasses import dataclass
+
+import torch
+
+MANY = 8192  # columns: enough for wide programs to keep all of a GPU busy
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Choices that change speed and, through the order of sums, last bits.
+
+    Attributes:
+        rows: the most that are served.
+        columns: of the output, a program.
+        depth: of the sums, a step.
+        num_stages: steps whose weights are on their way at once.
+        num_warps: of a program.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    num_stages: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Launches by the number of rows, in ascending order, for outputs of few columns and of many."""
+
+    few: tuple[Launch, ...]
+    many: tuple[Launch, ...]
+
+    def launches(self, columns: int, depth: int) -> list[Launch]:
+        """Those that suit a weight [columns, depth]."""
+        return [o for o in (self.many if columns > MANY else self.few) if depth % o.depth == 0]
+
+
+# compute capability -> launches, for bf16; benchmarks/tune_skinny_linear.py, rows of an H100 in benchmarks/results
+TUNED: dict[tuple[int, int], Tuning] = {
+    (9, 0): Tuning(
+        few=(Launch(16, 32, 256, 5, 2), Launch(32, 32, 256, 5, 2)),
+        many=(Launch(16, 64, 128, 6, 4), Launch(32, 128, 128, 3, 4), Launch(64, 128, 128, 3, 4)),
+    )
+}
+
+
+def launches_for(weight: torch.Tensor) -> list[Launch]:
+    """Launches that are faster than a library's product with a weight [N, K], none where nothing is known."""
+    if not weight.is_cuda or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+        return []
+    tuning = TUNED.get(torch.cuda.get_device_capability(weight.device))
+    return tuning.launches(*weight.shape) if tuning else []

@@ -9,7 +9,7 @@ from importlib import metadata
 __version__ = "0.1.0"
 
 OLDEST_VLLM = (0, 32)
-TESTED_VLLM = ("0.32",)
+TESTED_VLLM = ("0.32", "0.33")
 
 logger = logging.getLogger("vllm.vllm_bamba")  # below vLLM's logger, so that its handlers and format apply
 

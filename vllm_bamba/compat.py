@@ -2,9 +2,9 @@
 
 Imports of vLLM's documented building blocks (`Attention`, the linear layers, `RMSNorm`, `MambaBase`, ...) stand in the
 modules that use them; what a model outside vLLM's tree would not normally touch stands here, but for the methods that
-`prefix/managers.py`, `prefix/scheduler.py` and `lora.py` override.
+`prefix/managers.py`, `prefix/scheduler.py`, `lora.py` and `linear.py` override.
 
-Each was read in 0.32 and 0.33, unless it says otherwise, and run in 0.32.
+Each was read in 0.32 and 0.33, unless it says otherwise, and run in 0.32 on CPUs and in 0.33 on GPUs.
 
 `MODELS_CONFIG_MAP` (in `register`)
     Checks before weights are loaded. Goes when vLLM has a public hook.
@@ -19,6 +19,8 @@ operator `vllm::mamba_mixer2`
     A table can fix launches, so that starts need not try them out. Goes with the scan's kernels.
 `find_matched_target` (by the name of `mixer.InProjectionLinear`)
     compressed-tensors' target "Linear" is looked for in a layer's class name. Goes when vLLM asks for the base class.
+`UnquantizedLinearMethod` and `UnquantizedEmbeddingMethod` as a layer's `quant_method`, `direct_register_custom_op`
+    Products of few rows are ours (`linear.py`). Goes when vLLM's own are as fast.
 `CacheConfig.mamba_ssm_cache_dtype`
     fp32 states on CPUs: see `choose_state_dtype`. Goes when vLLM's C++ step rounds.
 `supported_kv_cache_layouts`

@@ -33,7 +33,7 @@ from transformers import AutoTokenizer, BambaForCausalLM
 from vllm_bamba.config import BambaShape
 from vllm_bamba.ops.mixer_step import StepWeights, mixer_step
 from vllm_bamba.ops.mixer_step.tuning import tuning_for
-from vllm_bamba.ops.slot_state import write_inputs, write_states
+from vllm_bamba.ops.slot_state import empty_inputs, write_slots
 from vllm_bamba.state import EIGHT_BITS, DecodePlan, FusedSlots, PrefillPlan, SlotFormat, mixer_shard
 
 PERPLEXITY_LIMIT = 1e-3  # relative to fp32's
@@ -138,8 +138,8 @@ def empty_slots(form: SlotFormat, plan: DecodePlan) -> FusedSlots:
     rows, device = plan.num_tokens, plan.slots.device
     slots = form.empty(rows + 1, device)
     start = replace(PrefillPlan.of_one_chunk(1, False, device), slots=plan.slots[:, 0], lengths=plan.lengths)
-    write_inputs(slots, start, slots.conv.new_zeros(rows, slots.conv.shape[2], form.width - 1))
-    write_states(slots, start, torch.zeros(rows, *slots.ssm.shape[1:], device=device))
+    states = torch.zeros(rows, *slots.ssm.shape[1:], device=device)
+    write_slots(slots, start, empty_inputs(slots, rows).zero_(), states)
     return slots
 
 

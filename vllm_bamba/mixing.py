@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from vllm_bamba.ops.causal_conv1d import causal_conv1d_prefill, causal_conv1d_step
 from vllm_bamba.ops.gated_norm import gate_for_later
@@ -140,7 +140,7 @@ class FusedMixing(Mixing):
         """As `Mixing.warm_up`, for every number of rows, on two slots made for it; one layer does it for all alike."""
         from vllm_bamba.ops.mixer_step import mixer_step
         from vllm_bamba.ops.mixer_step.tuning import tuning_for
-        from vllm_bamba.ops.slot_state import read_states, write_states
+        from vllm_bamba.ops.slot_state import empty_inputs, read_slots, write_slots
 
         self._warm_scan_up(projected, torch.float32)
         mixer, shard, device = self.mixer, self.form.shard, projected.device
@@ -151,12 +151,12 @@ class FusedMixing(Mixing):
         layout = zip(self.form.shapes(), self.form.dtypes(), strict=True)
         slots = self.form.bind(tuple(torch.zeros(2, *shape, dtype=dtype, device=device) for shape, dtype in layout))
         chunk = PrefillPlan.of_one_chunk(mixer.shape.chunk_size, True, device)
-        write_states(slots, chunk, read_states(slots, mixer.A, chunk))
+        write_slots(slots, chunk, *read_slots(slots, mixer.A, chunk))
 
         # slot 0 is padding to the convolution: its kernel is made, and does nothing
         inputs = projected.new_zeros(chunk.num_tokens, projected.shape[1])
-        scratch = slots.conv.new_zeros(2, slots.conv.shape[1] - 1, slots.conv.shape[2]).transpose(1, 2)
-        causal_conv1d_prefill(self._split(inputs)[0], mixer.conv1d.weight, mixer.conv1d.bias, scratch, chunk)
+        padding = empty_inputs(slots, 1)
+        causal_conv1d_prefill(self._split(inputs)[0], mixer.conv1d.weight, mixer.conv1d.bias, padding, chunk)
 
         row = projected.new_zeros(1, projected.shape[1])
         output = row.new_empty(1, shard.local_intermediate + self.sums)
@@ -169,24 +169,30 @@ class FusedMixing(Mixing):
             mixer_step(row, self.weights, mixer.shape.time_step_limit, slots, plan, output, launch)
 
     def prefill(self, projected: torch.Tensor, plan: PrefillPlan, output: torch.Tensor) -> None:
-        from vllm_bamba.ops.slot_state import read_inputs, read_states, write_inputs, write_states
+        from vllm_bamba.ops.slot_state import empty_inputs, read_slots, write_slots
 
-        mixer, slots = self.mixer, self.form.bind(self.mixer.kv_cache)
-        # a row in front, as vLLM's convolution takes slot 0 for padding; laid out as in `warm_up`
-        scratch = F.pad(read_inputs(slots, plan).transpose(1, 2), (0, 0, 0, 0, 1, 0)).transpose(1, 2)
-        rows = torch.arange(1, 1 + len(plan.slots), dtype=torch.int32, device=plan.slots.device)
+        mixer, slots, sequences = self.mixer, self.form.bind(self.mixer.kv_cache), len(plan.slots)
+        initial: torch.Tensor | None = None
+        if plan.any_continues:
+            inputs, initial = read_slots(slots, mixer.A, plan)
+        else:
+            inputs = empty_inputs(slots, sequences)
         xBC, dt = self._split(projected)
-        xBC = causal_conv1d_prefill(xBC, mixer.conv1d.weight, mixer.conv1d.bias, scratch, replace(plan, slots=rows))
+        of_inputs = replace(plan, slots=_rows(sequences, projected.device))
+        xBC = causal_conv1d_prefill(xBC, mixer.conv1d.weight, mixer.conv1d.bias, inputs, of_inputs)
         x, B, C = self._heads(xBC)
         y = x.new_empty(x.shape) if self.divides_later else self._by_head(output)
         limit = mixer.shape.time_step_limit
-        initial = read_states(slots, mixer.A, plan) if plan.any_continues else None
         states = scan(
             x, dt, mixer.A, B, C, mixer.D, mixer.dt_bias, limit, initial, plan, y, torch.float32
         )  # fmt: skip
         if self.divides_later:
             gate = projected[:, : mixer.shard.local_intermediate]
             gate_for_later(y.flatten(1), gate, mixer.norm.weight, output)
+        write_slots(slots, plan, inputs, states)
 
-        write_inputs(slots, plan, scratch[1:])
-        write_states(slots, plan, states)
+
+@functools.lru_cache(maxsize=64)
+def _rows(sequences: int, device: torch.device) -> torch.Tensor:
+    """Rows of `empty_inputs`; the same for all layers."""
+    return torch.arange(1, 1 + sequences, dtype=torch.int32, device=device)

@@ -15,11 +15,12 @@ import pytest
 
 from vllm_bamba.ops.mixer_step.tuning import DEFAULT, PREPARE, TUNED, Launch
 
-SHAPE = {"HEADS": 128, "HEAD_DIM": 64, "GROUPS": 1, "STATE": 128, "WIDTH": 4, "BIAS": True}
+SHAPE = {"HEADS": 128, "HEAD_DIM": 64, "GROUPS": 1, "STATE": 128, "WIDTH": 4, "CHANNELS": 8448, "BIAS": True}
 FP32 = {"a_ptr", "scale", "ring_dt", "states", "factors"}
-INT32 = {"slots", "lengths"}
-UNALIGNED = {"slots", "lengths", "continues", "slots_stride"}  # as `of_any_batch` has them
+INT32 = {"slots", "lengths", "query_start_loc"}
+UNALIGNED = {"slots", "lengths", "query_start_loc", "continues", "slots_stride"}  # as `of_any_batch` has them
 STATES = {"fp32": False, "bf16": False, "fp16": False, "i8": True, "fp8e4nv": True}
+BLOCKS = {"gate": 8192, "read": 1024, "write": 1024}
 STEP = [
     {"kernel": "replay" if launch.replays else "step", "state": state, "REPLAY": 16, "launch": launch}
     for state, size in {"fp32": 4, "bf16": 2, "fp16": 2, "i8": 1, "fp8e4nv": 1}.items()
@@ -76,7 +77,7 @@ def compile_one(case: dict[str, Any]) -> str:
     warps = {"gate": 8, "prepare": PREPARE.num_warps}.get(case["kernel"], 4)
     kernel, launch = kernels[case["kernel"]], case.get("launch", Launch(replays=False, num_warps=warps))
     constants = SHAPE | {"QUANTISED": STATES[case["state"]], "GATED": True}
-    constants |= {"COLUMNS": 8192, "SUMS": 64, "BLOCK": 8192 if case["kernel"] == "gate" else PREPARE.channels}
+    constants |= {"COLUMNS": 8192, "SUMS": 64, "BLOCK": BLOCKS.get(case["kernel"], PREPARE.channels)}
     constants |= {"BLOCK_HEADS": PREPARE.heads, "FOLD_DIM": PREPARE.folded}
     constants |= {name: value for name, value in case.items() if name.isupper()}
     signature, fixed, hints = {}, {}, {}

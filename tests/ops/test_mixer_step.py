@@ -9,7 +9,7 @@ from helpers import DEVICE, DTYPES, NO_LIMIT, assert_precise, decode_plan, insid
 from vllm_bamba.ops.mixer_step import StepWeights, mixer_step, sum_columns
 from vllm_bamba.ops.mixer_step.reference import mixer_step_reference
 from vllm_bamba.ops.mixer_step.tuning import Launch
-from vllm_bamba.ops.slot_state import read_inputs, read_states, write_inputs, write_states
+from vllm_bamba.ops.slot_state import read_slots, write_slots
 from vllm_bamba.sharding import MixerShard
 from vllm_bamba.state import EIGHT_BITS, FusedSlots, SlotFormat
 
@@ -50,8 +50,7 @@ class Batch:
         inputs = randn_rows(6, len(slots), channels, form.width - 1, dtype=dtype)
         states = randn_rows(7, len(slots), HEADS, HEAD_DIM, STATE, dtype=form.dtype).float()
         plan = prefill_plan([1] * len(slots), slots, [n - 1 for n in lengths])
-        write_inputs(self.fused, plan, inputs)
-        write_states(self.fused, plan, states)
+        write_slots(self.fused, plan, behind_padding(inputs), states)
         self.exact = [(i.double(), s.double()) for i, s in zip(inputs, states, strict=True)]
         self.plain = [(i, stored(s, form)) for i, s in zip(inputs, states, strict=True)]
 
@@ -107,10 +106,19 @@ class Batch:
         """What a prefill would start from."""
         used = [row for row, slot in enumerate(self.slots) if slot]
         plan = prefill_plan([1] * len(used), [self.slots[row] for row in used], [self.lengths[row] for row in used])
-        states, inputs = read_states(self.fused, self.weights.A, plan), read_inputs(self.fused, plan)
+        inputs, states = read_slots(self.fused, self.weights.A, plan)
         for i, row in enumerate(used):
-            assert torch.equal(inputs[i].double(), self.exact[row][0])
+            assert torch.equal(inputs[1 + i].double(), self.exact[row][0])
             assert_precise(states[i], self.exact[row][1], self.plain[row][1], f"state of row {row}", self.far)
+
+
+def behind_padding(inputs: torch.Tensor) -> torch.Tensor:
+    """Inputs [sequences, channels, width - 1] as a prefill has them."""
+    return torch.cat([torch.full_like(inputs[:1], float("nan")), inputs]).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def no_inputs(sequences: int, form: SlotFormat) -> torch.Tensor:
+    return behind_padding(torch.zeros(sequences, form.shard.local_conv_channels, form.width - 1, device=DEVICE))
 
 
 def randn_rows(seed: int, rows: int, *size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -246,11 +254,12 @@ def test_small_time_steps_keep_their_relative_precision() -> None:
     """log(1 + exp(x)) as it stands is 0 below -17, and a head that never writes never learns."""
     batch = Batch(slot_format(torch.float32, replay=0), slots=[7], lengths=[5])
     batch.weights.dt_bias.fill_(-20)
-    write_states(batch.fused, prefill_plan([1], [7], [4]), torch.zeros(1, HEADS, HEAD_DIM, STATE, device=DEVICE))
+    inputs, states = read_slots(batch.fused, batch.weights.A, prefill_plan([1], [7], [5]))
+    write_slots(batch.fused, prefill_plan([1], [7], [4]), inputs, torch.zeros_like(states))
     batch.exact[0] = batch.exact[0][0], torch.zeros_like(batch.exact[0][1])
     batch.plain[0] = batch.plain[0][0], torch.zeros_like(batch.plain[0][1])
     batch.step(PLAIN)
-    state = read_states(batch.fused, batch.weights.A, prefill_plan([1], [7], [5]))[0].double()
+    state = read_slots(batch.fused, batch.weights.A, prefill_plan([1], [7], [5]))[1][0].double()
     assert batch.exact[0][1].abs().max() > 0
     torch.testing.assert_close(state, batch.exact[0][1], rtol=1e-5, atol=0)
 
@@ -307,7 +316,7 @@ def test_rounding_to_8_bits_keeps_the_mean(dtype: torch.dtype, largest: int, val
     states[..., 0] = largest
     slots = list(range(1, 200))
     plan = prefill_plan([1] * 199, slots, list(range(199)))
-    write_states(fused, plan, states.expand(199, -1, -1, -1))
+    write_slots(fused, plan, no_inputs(199, form), states.expand(199, -1, -1, -1))
     assert torch.equal(fused.scale[1:], torch.ones_like(fused.scale[1:]))
     assert (fused.ssm[1:, ..., 0].float() == largest).all()
     steps = fused.ssm[1:, ..., 1:].double() / step

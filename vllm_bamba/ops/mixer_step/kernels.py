@@ -13,7 +13,8 @@ import triton.language as tl
 
 # what differs from batch to batch and is no reason to compile a kernel again
 of_any_batch = triton.jit(
-    do_not_specialize=["slots_stride"], do_not_specialize_on_alignment=["slots", "lengths", "continues"]
+    do_not_specialize=["slots_stride"],
+    do_not_specialize_on_alignment=["slots", "lengths", "query_start_loc", "continues"],
 )
 
 

@@ -1,68 +1,58 @@
 """A slot of the fused step as the tensors that a prefill works with, and back (layout in ../README.md)."""
 
 import torch
+import triton
 
 from vllm_bamba.ops.slot_state.kernels import read_kernel, write_kernel
 from vllm_bamba.state import FusedSlots, PrefillPlan, slot_strides
 
+BLOCK = 1024  # channels of the convolution that a program moves
 
-def read_inputs(slots: FusedSlots, plan: PrefillPlan) -> torch.Tensor:
-    """The convolution's last inputs of each sequence before its new tokens, oldest first.
+
+def empty_inputs(slots: FusedSlots, sequences: int) -> torch.Tensor:
+    """Room for the last inputs of each sequence's convolution, oldest first, behind that of no sequence.
+
+    vLLM's convolution takes slot 0 for padding: sequence i has row i + 1.
 
     Returns:
-        [sequences, channels, width - 1] over memory of [sequences, width - 1, channels].
+        [1 + sequences, channels, width - 1] over memory of [1 + sequences, width - 1, channels].
     """
-    return slots.conv[plan.slots[:, None].long(), _entries(_before(plan), slots.conv.shape[1])].transpose(1, 2)
+    _, width, channels = slots.conv.shape
+    return slots.conv.new_empty(1 + sequences, width - 1, channels).transpose(1, 2)
 
 
-def write_inputs(slots: FusedSlots, plan: PrefillPlan, inputs: torch.Tensor) -> None:
-    """Put back what `read_inputs` gave and the convolution has moved on."""
-    slots.conv[plan.slots[:, None].long(), _entries(plan.lengths, slots.conv.shape[1])] = inputs.transpose(1, 2)
-
-
-def read_states(slots: FusedSlots, A: torch.Tensor, plan: PrefillPlan) -> torch.Tensor:
-    """The SSM state of each sequence before its new tokens, zero where there are none; `A` is [heads], fp32.
+def read_slots(slots: FusedSlots, A: torch.Tensor, plan: PrefillPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each sequence has before its new tokens; `A` is [heads], fp32.
 
     Returns:
-        fp32 [sequences, heads, head_dim, state].
+        Inputs of the convolution as `empty_inputs` has them, undefined for a sequence that only begins, and SSM states,
+        fp32 [sequences, heads, head_dim, state], zero for those.
     """
     sequences, (heads, head_dim, state) = len(plan.slots), slots.ssm.shape[1:]
+    inputs = empty_inputs(slots, sequences)
     states = torch.empty(sequences, heads, head_dim, state, dtype=torch.float32, device=slots.ssm.device)
-    tensors = (slots.ssm, slots.scale, slots.ring_x, slots.ring_b, slots.ring_dt)
-    read_kernel[heads, sequences](
-        states,
-        A,
-        plan.slots,
-        _before(plan),
-        plan.continues,
-        *tensors,
-        *slot_strides(tensors),
-        **slots.constants(),
-    )
-    return states
+    read_kernel[_programs(slots), sequences](
+        inputs, states, A, plan.slots, plan.lengths, plan.query_start_loc, plan.continues,
+        *slots, *slot_strides(slots), **_constants(slots),
+    )  # fmt: skip
+    return inputs, states
 
 
-def write_states(slots: FusedSlots, plan: PrefillPlan, states: torch.Tensor) -> None:
-    """Store each sequence's SSM state, fp32 [sequences, heads, head_dim, state], and empty its ring."""
-    sequences, heads = states.shape[:2]
-    constants = slots.constants()
+def write_slots(slots: FusedSlots, plan: PrefillPlan, inputs: torch.Tensor, states: torch.Tensor) -> None:
+    """Store what each sequence has behind its new tokens, in the form of `read_slots`, and empty its ring."""
+    constants = _constants(slots)
     del constants["GROUPS"]
-    tensors = (slots.ssm, slots.scale, slots.ring_dt)
-    write_kernel[heads, sequences](
-        states.contiguous(),
-        plan.slots,
-        plan.lengths,
-        *tensors,
-        *slot_strides(tensors),
-        **constants,
+    tensors = (slots.conv, slots.ssm, slots.scale, slots.ring_dt)
+    write_kernel[_programs(slots), len(states)](
+        inputs, states.contiguous(), plan.slots, plan.lengths, *tensors, *slot_strides(tensors), **constants
     )
 
 
-def _before(plan: PrefillPlan) -> torch.Tensor:
-    """Tokens of each sequence before the new ones."""
-    return plan.lengths - plan.query_start_loc.diff()
+def _programs(slots: FusedSlots) -> int:
+    """Of a sequence: one a head, then those that move inputs of the convolution."""
+    return slots.ssm.shape[1] + triton.cdiv(slots.conv.shape[2], BLOCK)
 
 
-def _entries(length: torch.Tensor, width: int) -> torch.Tensor:
-    """Ring entries of the last width - 1 of `length` [sequences] tokens, oldest first."""
-    return (length[:, None] + torch.arange(1 - width, 0, device=length.device)) % width
+def _constants(slots: FusedSlots) -> dict[str, object]:
+    _, width, channels = slots.conv.shape
+    return slots.constants() | {"WIDTH": width, "CHANNELS": channels, "BLOCK": BLOCK}

@@ -29,7 +29,7 @@ from transformers.models.bamba import modeling_bamba
 from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadataBuilder
 
 from vllm_bamba.compat import autotuned_kernels, fix_launches
-from vllm_bamba.ops.ssd_prefill import kernels, ssd_prefill
+from vllm_bamba.ops.ssd_prefill import kernels, ssd_prefill, tuning
 from vllm_bamba.ops.ssd_prefill.reference import ssd_prefill_reference
 from vllm_bamba.ops.ssm_step import ssm_step
 from vllm_bamba.state import PrefillPlan
@@ -355,6 +355,15 @@ def test_launches_can_be_fixed_where_the_kernel_still_has_such_tiles() -> None:
     (config,) = module.fixed.configs
     assert (config.kwargs, config.num_warps, config.num_stages) == ({"N": 4}, 2, 3)
     assert [len(kernel.configs) for kernel in (module.changed, module.left)] == [2, 2]
+
+
+def test_launches_are_of_the_same_gpu_and_of_the_nearest_thing_to_these_sizes(monkeypatch) -> None:
+    ours, theirs, others = ({"kernel": {"num_warps": n}} for n in (1, 2, 4))
+    table = {((9, 0), (64, 128, 256)): ours, ((9, 0), (32, 64, 256)): theirs, ((8, 0), (16, 16, 256)): others}
+    monkeypatch.setattr(tuning, "TUNED", table)
+    assert tuning.launches_for((9, 0), (32, 64, 256)) == theirs
+    assert tuning.launches_for((9, 0), (16, 16, 256)) == ours
+    assert tuning.launches_for((10, 0), (64, 128, 256)) == {}
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
 """Launches of vLLM's scan kernels that are known to be fast, so that no start has to try them all out.
 
-From `benchmarks/tune_ssd_prefill.py` (rows in `benchmarks/results`), for activations in bf16; what is not in the table
-is left to Triton's autotuner.
+From `benchmarks/tune_ssd_prefill.py` (rows in `benchmarks/results`), for activations in bf16. GPUs that are not in the
+table are left to Triton's autotuner.
 """
 
 from collections.abc import Mapping
@@ -34,3 +34,9 @@ TUNED: dict[tuple[tuple[int, int], tuple[int, int, int]], Mapping[str, Mapping[s
         "_state_passing_fwd_kernel": {"BLOCK_SIZE": 1024, "num_warps": 4, "num_stages": 3},
     },
 }
+
+
+def launches_for(capability: tuple[int, int], sizes: tuple[int, int, int]) -> Mapping[str, Mapping[str, int]]:
+    """What is tuned for these sizes, or else for others on such a GPU: all launches are right for all sizes."""
+    tables = {tuned: launches for (of, tuned), launches in TUNED.items() if of == capability}
+    return tables.get(sizes) or next(iter(tables.values()), {})

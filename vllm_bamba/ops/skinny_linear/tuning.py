@@ -38,7 +38,7 @@ class Tuning:
         return [o for o in (self.many if columns > MANY else self.few) if depth % o.depth == 0]
 
 
-# compute capability -> launches, for bf16; benchmarks/tune_skinny_linear.py, rows of an H100 in benchmarks/results
+# compute capability -> launches, for bf16; measured on an H100, see benchmarks/NOTES.md
 TUNED: dict[tuple[int, int], Tuning] = {
     (9, 0): Tuning(
         few=(Launch(16, 32, 256, 5, 2), Launch(32, 32, 256, 5, 2)),

@@ -33,6 +33,7 @@ COLOURS = {
     "vllm_operators_align": "#c2730a",
     "vllm_operators_slots": "#6a8f1a",
     "fused": "#d9534f",
+    "fused_int8": "#2f81f7",
     "fused_slots": "#118fa3",
     "mamba_ssm": "#d9534f",
     "roofline": TEXT,
@@ -84,7 +85,7 @@ def lines(axes: Axes, rows: pd.DataFrame, x: str) -> bool:
     rows = numbers(rows, x)
     for variant, points in rows.groupby("variant", sort=False):
         colour = COLOURS.get(str(variant), TEXT)
-        style = "--" if variant == "roofline" else "o-"
+        style = "--" if variant in ("roofline", "floor") else "o-"
         axes.plot(points[x], points["value"], style, color=colour, label=str(variant))
         low, high = (pd.to_numeric(points[c], errors="coerce") for c in ("low", "high"))
         axes.fill_between(points[x], low, high, color=colour, alpha=0.2, linewidth=0)
@@ -164,6 +165,18 @@ def prefill(axes: Axes, rows: pd.DataFrame) -> bool:
     return lines(axes, rows, "prompt_tokens")
 
 
+def decode_kernels(axes: Axes, rows: pd.DataFrame) -> bool:
+    """Tokens a second of whole decode steps, were there nothing but their kernels, below what the bytes allow."""
+    rows = rows[rows.benchmark == "bench_decode"]
+    of_kernels = rows.metric == "decode_step_kernels"
+    if not of_kernels.any():
+        return False
+    rows = numbers(rows[of_kernels | (rows.variant == "floor")], "batch")
+    axes.set(xlabel="batch", ylabel="tokens/s", yscale="log")
+    axes.set_title("Decode: whole steps on the GPU; floor: weights, states read and written")
+    return lines(axes, rows.assign(value=1e3 * rows.batch / rows.value, low=None, high=None), "batch")
+
+
 def decode_operator(axes: Axes, rows: pd.DataFrame) -> bool:
     """The operators between a mixer's projections against batch: vLLM's, and of ours the fastest launch."""
     rows = numbers(rows[(rows.benchmark == "tune_mixer_step") & (rows.metric == "time")], "batch")
@@ -211,6 +224,7 @@ PLOTS: dict[str, Callable[[Axes, pd.DataFrame], bool]] = {
     "speed_up": speed_up,
     "ttft_shared_prefix": shared_prefix,
     "prefill": prefill,
+    "decode_kernels": decode_kernels,
     "decode_operator": decode_operator,
     "startup": startup,
 }

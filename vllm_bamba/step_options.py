@@ -64,9 +64,14 @@ class StepOptions:
 
 
 def check_step(vllm_config: VllmConfig, shape: BambaShape) -> None:
-    """Raise ValueError where the fused step is asked for and cannot serve."""
+    """Raise ValueError where the fused step is asked for and cannot serve, or the other one was wrong."""
     options = StepOptions.of(vllm_config)
     if not options.fused:
+        if current_platform.is_cuda() and shape.conv_width == 2:
+            raise ValueError(
+                "mamba_d_conv = 2: vLLM's own operators gave wrong answers on a GPU. Add "
+                """--additional-config '{"bamba_fused_step": true}'."""
+            )
         return
     sizes = {"mamba_d_head": shape.mamba_head_dim, "mamba_d_state": shape.mamba_state}
     odd = [

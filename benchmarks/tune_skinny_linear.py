@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from rows import Results, add_arguments, dtype_name, progress
 from shapes import bamba_config
 from timing import Samples, interleaved, measure_limits
+from triton.runtime.errors import OutOfResources
 
 from vllm_bamba.ops.skinny_linear import skinny_linear
 from vllm_bamba.ops.skinny_linear.tuning import MANY, Launch
@@ -70,20 +71,26 @@ def candidates(rows: int) -> Iterator[Launch]:
             yield Launch(most, columns, depth, stages, warps)
 
 
-def compile_one(launch: Launch) -> None:
-    """In a process of its own; the next process finds the kernel on the disk."""
+def compile_one(launch: Launch) -> bool:
+    """In a process of its own; the next process finds the kernel on the disk. False if an SM has no room for it."""
     x = torch.zeros(launch.rows, launch.depth, dtype=DTYPE, device="cuda")
-    skinny_linear(x, torch.zeros(128, launch.depth, dtype=DTYPE, device="cuda"), [launch])
+    try:
+        skinny_linear(x, torch.zeros(128, launch.depth, dtype=DTYPE, device="cuda"), [launch])
+    except OutOfResources:
+        return False
+    return True
 
 
-def times_of(columns: int, depth: int, rows: int, repeats: int, seed: int) -> dict[str, Samples]:
+def times_of(
+    columns: int, depth: int, launches: Sequence[Launch], rows: int, repeats: int, seed: int
+) -> dict[str, Samples]:
     """Milliseconds by launch and of PyTorch; launches that are wrong are left out."""
     torch.manual_seed(seed)
     x = torch.randn(rows, depth, device="cuda").to(DTYPE)
     weight = (torch.randn(columns, depth, device="cuda") / math.sqrt(depth)).to(DTYPE)
     expected, calls = F.linear(x, weight), {PYTORCH: functools.partial(F.linear, x, weight)}
-    for launch in candidates(rows):
-        if depth % launch.depth:
+    for launch in launches:
+        if depth % launch.depth:  # it would be PyTorch's product
             continue
         if (skinny_linear(x, weight, [launch]) - expected).abs().max() > CLOSE:
             progress(f"left out, since its product is wrong: {launch}")
@@ -108,12 +115,13 @@ def main(argv: Sequence[str]) -> None:
     every = dict.fromkeys(itertools.chain(*map(candidates, args.rows)))
     progress(f"compiling {len(every)} kernels")
     with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_one, every, chunksize=4))
+        usable = {launch for launch, fits in zip(every, pool.map(compile_one, every, chunksize=4), strict=True) if fits}
     for name, (columns, depth) in projections(args.shape).items():
         if args.only and name not in args.only:
             continue
         for rows in args.rows:
-            times = times_of(columns, depth, rows, args.repeats, args.seed)
+            launches = [launch for launch in candidates(rows) if launch in usable]
+            times = times_of(columns, depth, launches, rows, args.repeats, args.seed)
             moved = 2 * (columns * depth + rows * (columns + depth))
             for variant, samples in times.items():
                 results.add_samples(

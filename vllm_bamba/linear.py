@@ -12,10 +12,10 @@ from vllm.utils.torch_utils import direct_register_custom_op
 LIBRARY = torch.library.Library("vllm_bamba", "FRAGMENT")
 
 
-def skinny_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    from vllm_bamba.ops import skinny_linear as op  # needs Triton
+def _multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    from vllm_bamba.ops.skinny_linear import skinny_linear  # needs Triton
 
-    return op.skinny_linear(x, weight)
+    return skinny_linear(x, weight)
 
 
 def _like_result(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -23,11 +23,11 @@ def _like_result(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 # hidden from torch.compile, so that every number of rows has its launch
-direct_register_custom_op("skinny_linear", skinny_linear, fake_impl=_like_result, target_lib=LIBRARY)
+direct_register_custom_op("skinny_linear", _multiply, fake_impl=_like_result, target_lib=LIBRARY)
 
 
 class SkinnyProducts:
-    """Beside one of vLLM's methods for weights that are not quantised."""
+    """In front of one of vLLM's methods for weights that are not quantised."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Also have the kernels made that will serve this layer."""
@@ -37,25 +37,32 @@ class SkinnyProducts:
         warm_up(layer.weight)  # type: ignore[arg-type]
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        output = torch.ops.vllm_bamba.skinny_linear(x, layer.weight)
-        return output if bias is None else output + bias
+        """x [rows, K] -> [rows, N]; with a bias, which a library's product adds before it rounds, vLLM's way."""
+        if bias is not None:
+            return super().apply(layer, x, bias)  # type: ignore[misc]
+        return torch.ops.vllm_bamba.skinny_linear(x, layer.weight)
 
 
 class SkinnyLinearMethod(SkinnyProducts, UnquantizedLinearMethod):
-    """Of linear layers."""
+    """For vLLM's linear layers."""
 
 
 class SkinnyLMHeadMethod(SkinnyProducts, UnquantizedEmbeddingMethod):
-    """Of the language model's head."""
+    """For the language model's head."""
 
 
 def use_skinny_products(model: nn.Module, vllm_config: VllmConfig) -> None:
-    """Have `model`'s linear layers multiply few rows in our kernel, where they are in bf16 and not quantised.
+    """Have `model`'s linear layers multiply few rows in our kernel, where there are launches for GPU and weight.
 
-    Does nothing where the user asked for another way: batch-invariant kernels or a linear backend.
+    They must be in bf16 and not quantised. Does nothing where the user asked for another way: batch-invariant kernels
+    or a linear backend.
     """
+    from vllm_bamba.ops.skinny_linear.tuning import TUNED
+
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    tuning = TUNED.get((capability.major, capability.minor)) if capability else None
     if (
-        not current_platform.is_cuda()
+        tuning is None
         or envs.VLLM_BATCH_INVARIANT
         or vllm_config.kernel_config.linear_backend != "auto"
         or vllm_config.model_config.dtype != torch.bfloat16
@@ -63,7 +70,11 @@ def use_skinny_products(model: nn.Module, vllm_config: VllmConfig) -> None:
         return
     for layer in model.modules():
         method = type(getattr(layer, "quant_method", None))
-        if isinstance(layer, LinearBase) and method is UnquantizedLinearMethod:
+        if method not in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+            continue
+        if not tuning.launches(*layer.weight.shape):  # type: ignore[arg-type]
+            continue
+        if isinstance(layer, LinearBase):
             layer.quant_method = SkinnyLinearMethod()
-        elif isinstance(layer, ParallelLMHead) and method is UnquantizedEmbeddingMethod:
+        elif isinstance(layer, ParallelLMHead):
             layer.quant_method = SkinnyLMHeadMethod()

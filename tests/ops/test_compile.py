@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 
 from vllm_bamba.ops.mixer_step.tuning import DEFAULT, PREPARE, TUNED, Launch
+from vllm_bamba.ops.skinny_linear.tuning import TUNED as PRODUCTS_TUNED
 
 SHAPE = {"HEADS": 128, "HEAD_DIM": 64, "GROUPS": 1, "STATE": 128, "WIDTH": 4, "CHANNELS": 8448, "BIAS": True}
 FP32 = {"a_ptr", "scale", "ring_dt", "states", "factors"}
 INT32 = {"slots", "lengths", "query_start_loc"}
-UNALIGNED = {"slots", "lengths", "query_start_loc", "continues", "slots_stride"}  # as `of_any_batch` has them
+UNALIGNED = {"slots", "lengths", "query_start_loc", "continues", "slots_stride", "rows"}  # not specialised on
+SIZES = {"rows", "N", "K"}
 STATES = {"fp32": False, "bf16": False, "fp16": False, "i8": True, "fp8e4nv": True}
 BLOCKS = {"gate": 8192, "read": 1024, "write": 1024}
 STEP = [
@@ -32,7 +34,12 @@ OTHERS = [
     for kernel in ("prepare", "read", "write")
     for state in ("bf16", "i8", "fp8e4nv")
 ]
-CASES = [*STEP, *OTHERS, {"kernel": "gate", "state": "bf16"}]
+PRODUCTS = [
+    {"kernel": "linear", "state": "bf16", "launch": launch}
+    for tuning in PRODUCTS_TUNED.values()
+    for launch in (*tuning.few, *tuning.many)
+]
+CASES = [*STEP, *OTHERS, *PRODUCTS, {"kernel": "gate", "state": "bf16"}]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +71,7 @@ def compile_one(case: dict[str, Any]) -> str:
 
     from vllm_bamba.ops.gated_norm.kernels import gate_kernel
     from vllm_bamba.ops.mixer_step.kernels import prepare_kernel, replay_kernel, step_kernel
+    from vllm_bamba.ops.skinny_linear.kernels import linear_kernel
     from vllm_bamba.ops.slot_state.kernels import read_kernel, write_kernel
 
     kernels = {
@@ -73,12 +81,16 @@ def compile_one(case: dict[str, Any]) -> str:
         "read": read_kernel,
         "write": write_kernel,
         "gate": gate_kernel,
+        "linear": linear_kernel,
     }
     warps = {"gate": 8, "prepare": PREPARE.num_warps}.get(case["kernel"], 4)
     kernel, launch = kernels[case["kernel"]], case.get("launch", Launch(replays=False, num_warps=warps))
     constants = SHAPE | {"QUANTISED": STATES[case["state"]], "GATED": True}
     constants |= {"COLUMNS": 8192, "SUMS": 64, "BLOCK": BLOCKS.get(case["kernel"], PREPARE.channels)}
     constants |= {"BLOCK_HEADS": PREPARE.heads, "FOLD_DIM": PREPARE.folded}
+    if case["kernel"] == "linear":
+        sizes = {"ROWS": launch.rows, "COLUMNS": launch.columns, "DEPTH": launch.depth, "STAGES": launch.num_stages}
+        constants |= sizes
     constants |= {name: value for name, value in case.items() if name.isupper()}
     signature, fixed, hints = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -89,14 +101,14 @@ def compile_one(case: dict[str, Any]) -> str:
         else:
             element = "i32" if name in INT32 else "fp32" if name in FP32 else "i1" if name == "continues" else "bf16"
             element = case["state"] if name == "ssm" else element
-            signature[name] = "i32" if name.endswith("_stride") else f"*{element}"
+            signature[name] = "i32" if name.endswith("_stride") or name in SIZES else f"*{element}"
             if name not in UNALIGNED:
                 hints[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=hints)
     binary = triton.compile(
         source,
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": launch.num_warps, "maxnreg": launch.max_registers},
+        options={"num_warps": launch.num_warps, "maxnreg": getattr(launch, "max_registers", None)},
     )
     tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

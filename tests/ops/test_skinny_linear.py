@@ -52,6 +52,16 @@ def test_other_numbers_of_rows_go_to_pytorch(rows: int) -> None:
     assert torch.equal(skinny_linear(x, weight, LAUNCHES), torch.nn.functional.linear(x, weight))
 
 
+def test_what_no_launch_serves_goes_to_pytorch() -> None:
+    """A sum that no depth divides, weights with gaps or turned, another dtype."""
+    x = randn(1, 3, 96, dtype=torch.bfloat16)
+    wide, turned = randn(2, 48, 192, dtype=torch.bfloat16), randn(3, 96, 48, dtype=torch.bfloat16)
+    for given, weight in [(x, wide[:, :96].contiguous()), (x[:, :64], wide[:, :64]), (x, turned.t())]:
+        assert torch.equal(skinny_linear(given, weight, LAUNCHES), torch.nn.functional.linear(given, weight))
+    given, weight = randn(1, 3, 128), randn(2, 48, 128)
+    assert torch.equal(skinny_linear(given, weight, LAUNCHES), torch.nn.functional.linear(given, weight))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     x, weight = randn(1, 3, 64, dtype=torch.bfloat16), randn(2, 48, 128, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"x \(3, 64\) of torch.bfloat16 and weight \(48, 128\)"):

@@ -11,12 +11,14 @@ from vllm_bamba.ops.skinny_linear.tuning import Launch, launches_for
 
 
 def skinny_linear(x: torch.Tensor, weight: torch.Tensor, launches: Sequence[Launch] | None = None) -> torch.Tensor:
-    """x times weight transposed; more rows than any launch serves, and what has none, go to PyTorch's product.
+    """x times weight transposed; what no launch serves goes to PyTorch's product.
 
     Args:
         x: [rows, K]; its rows may be parts of longer ones.
         weight: [N, K], of x's dtype.
-        launches: from which to choose, in ascending order of rows; by default what is tuned for the GPU.
+        launches: from which to choose, in ascending order of rows; by default what is tuned for the GPU. None of them
+            serves more rows than it says, another dtype than bf16, a K that its depth does not divide, or a weight that
+            is not contiguous.
 
     Returns:
         [rows, N] in x's dtype, summed in fp32.
@@ -31,8 +33,9 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, launches: Sequence[Laun
         )
     if launches is None:
         launches = launches_for(weight)
-    launch = next((launch for launch in launches if rows <= launch.rows), None)
-    if launch is None or rows == 0 or x.stride(1) != 1:
+    launch = next((o for o in launches if rows <= o.rows and depth % o.depth == 0), None)
+    plain = x.dtype != torch.bfloat16 or x.stride(1) != 1 or not weight.is_contiguous()
+    if launch is None or plain or rows == 0:
         return F.linear(x, weight)
     out = x.new_empty(rows, len(weight))
     linear_kernel[(triton.cdiv(len(weight), launch.columns),)](
@@ -44,6 +47,9 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, launches: Sequence[Laun
 
 
 def warm_up(weight: torch.Tensor) -> None:
-    """Have the kernels made that serve a weight [N, K]; they are shared with all that divide alike by 16."""
+    """Have the kernels made that serve a weight [N, K], for rows of x that lie a multiple of 16 numbers apart.
+
+    So do all of the released models on up to 16 ranks. Weights that divide alike by 16 share kernels.
+    """
     for launch in launches_for(weight):
         skinny_linear(weight.new_zeros(launch.rows, weight.shape[1]), weight, [launch])

@@ -34,7 +34,7 @@ class Tuning:
     many: tuple[Launch, ...]
 
     def launches(self, columns: int, depth: int) -> list[Launch]:
-        """Those that suit a weight [columns, depth]."""
+        """Those that suit a weight [columns, depth]; empty where PyTorch's product is all there is."""
         return [o for o in (self.many if columns > MANY else self.few) if depth % o.depth == 0]
 
 
@@ -49,7 +49,7 @@ TUNED: dict[tuple[int, int], Tuning] = {
 
 def launches_for(weight: torch.Tensor) -> list[Launch]:
     """Launches that are faster than a library's product with a weight [N, K], none where nothing is known."""
-    if not weight.is_cuda or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+    if not weight.is_cuda or weight.dtype != torch.bfloat16:
         return []
     tuning = TUNED.get(torch.cuda.get_device_capability(weight.device))
     return tuning.launches(*weight.shape) if tuning else []

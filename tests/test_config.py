@@ -341,4 +341,6 @@ def test_a_convolution_of_width_2_on_a_gpu_is_served_by_the_fused_step_only(monk
     monkeypatch.setattr(type(compat.current_platform), "is_cuda", lambda self: True)
     with pytest.raises(ValueError, match=r"mamba_d_conv = 2.*bamba_fused_step"):
         check_step(config, shape)
+    with pytest.raises(ValueError, match=r"mamba_d_conv = 2.*cannot be used here: speculative decoding"):
+        check_step(engine(speculative=object()), shape)
     check_step(config, BambaShape.from_hf(raw(mamba_d_conv=3)))

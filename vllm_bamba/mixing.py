@@ -194,5 +194,5 @@ class FusedMixing(Mixing):
 
 @functools.lru_cache(maxsize=64)
 def _rows(sequences: int, device: torch.device) -> torch.Tensor:
-    """Rows of `empty_inputs`; the same for all layers."""
+    """int32 [sequences], the rows of `empty_inputs`; the same for all layers."""
     return torch.arange(1, 1 + sequences, dtype=torch.int32, device=device)

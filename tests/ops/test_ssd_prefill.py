@@ -357,7 +357,7 @@ def test_launches_can_be_fixed_where_the_kernel_still_has_such_tiles() -> None:
     assert [len(kernel.configs) for kernel in (module.changed, module.left)] == [2, 2]
 
 
-def test_launches_are_of_the_same_gpu_and_of_the_nearest_thing_to_these_sizes(monkeypatch) -> None:
+def test_launches_are_of_these_sizes_or_the_first_of_the_same_gpu(monkeypatch) -> None:
     ours, theirs, others = ({"kernel": {"num_warps": n}} for n in (1, 2, 4))
     table = {((9, 0), (64, 128, 256)): ours, ((9, 0), (32, 64, 256)): theirs, ((8, 0), (16, 16, 256)): others}
     monkeypatch.setattr(tuning, "TUNED", table)

@@ -39,7 +39,20 @@ def read_slots(slots: FusedSlots, A: torch.Tensor, plan: PrefillPlan) -> tuple[t
 
 
 def write_slots(slots: FusedSlots, plan: PrefillPlan, inputs: torch.Tensor, states: torch.Tensor) -> None:
-    """Store what each sequence has behind its new tokens, in the form of `read_slots`, and empty its ring."""
+    """Store what each sequence has behind its new tokens, and empty its ring.
+
+    Args:
+        slots: written in place.
+        plan: which slots, and how many tokens each sequence has now.
+        inputs: of the convolution, as `empty_inputs` lays them out and in the dtype of its slots.
+        states: fp32 [sequences, heads, head_dim, state].
+
+    Raises:
+        ValueError: `inputs` is laid out in another way.
+    """
+    _, width, channels = slots.conv.shape
+    if inputs.shape != (1 + len(states), channels, width - 1) or not inputs.transpose(1, 2).is_contiguous():
+        raise ValueError(f"inputs {tuple(inputs.shape)} of {inputs.dtype} are not laid out as by `empty_inputs`")
     constants = _constants(slots)
     del constants["GROUPS"]
     tensors = (slots.conv, slots.ssm, slots.scale, slots.ring_dt)

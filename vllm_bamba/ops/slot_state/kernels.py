@@ -24,6 +24,7 @@ def read_kernel(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr,
     REPLAY: tl.constexpr, QUANTISED: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """`read_slots`, a head or a block of channels of a sequence."""
     head, sequence = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + sequence).to(tl.int64)
     new = tl.load(query_start_loc + sequence + 1) - tl.load(query_start_loc + sequence)
@@ -57,6 +58,7 @@ def write_kernel(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, STATE: tl.constexpr,
     REPLAY: tl.constexpr, QUANTISED: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """`write_slots`, likewise."""
     head, sequence = tl.program_id(0), tl.program_id(1)
     slot, length = tl.load(slots + sequence).to(tl.int64), tl.load(lengths + sequence)
     if head >= HEADS:

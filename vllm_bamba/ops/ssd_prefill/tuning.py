@@ -37,6 +37,6 @@ TUNED: dict[tuple[tuple[int, int], tuple[int, int, int]], Mapping[str, Mapping[s
 
 
 def launches_for(capability: tuple[int, int], sizes: tuple[int, int, int]) -> Mapping[str, Mapping[str, int]]:
-    """What is tuned for these sizes, or else for others on such a GPU: all launches are right for all sizes."""
+    """What is tuned for these sizes, or else first for others on such a GPU: any launch is right for any size."""
     tables = {tuned: launches for (of, tuned), launches in TUNED.items() if of == capability}
     return tables.get(sizes) or next(iter(tables.values()), {})

@@ -173,7 +173,7 @@ def decode_kernels(axes: Axes, rows: pd.DataFrame) -> bool:
         return False
     rows = numbers(rows[of_kernels | (rows.variant == "floor")], "batch")
     axes.set(xlabel="batch", ylabel="tokens/s", yscale="log")
-    axes.set_title("Decode: whole steps on the GPU; floor: weights, states read and written")
+    axes.set_title("Decode: kernels of whole steps; floor: with bf16 states written every step")
     return lines(axes, rows.assign(value=1e3 * rows.batch / rows.value, low=None, high=None), "batch")
 
 
@@ -238,7 +238,8 @@ def draw(file: pathlib.Path) -> list[pathlib.Path]:
             figure, axes = plt.subplots(figsize=(8, 4.5))
             if plot(axes, rows):
                 png = file.with_name(f"{file.stem}-{name}.png")
-                caption = f"{rows.device.iloc[-1]}; vLLM {rows.vllm.iloc[-1]}; vllm_bamba {rows.commit.iloc[-1]}"
+                versions = ", ".join(sorted(rows.vllm.unique()))
+                caption = f"{rows.device.iloc[-1]}; vLLM {versions}; rows, with commits: {file.name}"
                 figure.text(0.01, 0.005, caption, fontsize=8, color=TEXT)
                 figure.tight_layout(rect=(0, 0.03, 1, 1))
                 figure.savefig(png, dpi=144, transparent=True)

@@ -383,7 +383,10 @@ def replay_kernel(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr,
     REPLAY: tl.constexpr, GATED: tl.constexpr, QUANTISED: tl.constexpr,
 ):  # fmt: skip
-    """The step behind `prepare_kernel`: reads a checkpoint and its ring, adds the token to the ring."""
+    """The step behind `prepare_kernel`: reads a checkpoint and its ring, adds the token to the ring.
+
+    A head's factors are asked for where they are needed: sooner, one warp's 8-bit states do not fit 128 registers.
+    """
     head, row = tl.program_id(0), tl.program_id(1)
     inner: tl.constexpr = HEADS * HEAD_DIM
     bc: tl.constexpr = GROUPS * STATE
@@ -405,23 +408,22 @@ def replay_kernel(
     b = convolved + inner + group * STATE + n
     x = tl.load(convolved + rows)
     factors += HEADS * REPLAY + head
-    decay, new, dt = tl.load(factors), tl.load(factors + HEADS), tl.load(factors + 2 * HEADS)
 
     STORED: tl.constexpr = ssm.dtype.element_ty
     STATE_PARTS: tl.constexpr = 3 if tl.float32 == STORED else 2 if tl.float16 == STORED else 1
     X_PARTS: tl.constexpr = 1 if ring_x.dtype.element_ty == tl.bfloat16 else 3
     BF16: tl.constexpr = convolved.dtype.element_ty == tl.bfloat16  # tensor cores cut sums off where fp32 would round
-    y = times_vector(kept, tl.load(b + bc), STATE_PARTS, 1, BF16) * decay
+    y = times_vector(kept, tl.load(b + bc), STATE_PARTS, 1, BF16) * tl.load(factors)
     if QUANTISED:
         y *= tl.load(scale + slot * scale_stride + rows)
-    y += times_vector(past, counts, X_PARTS, 3, BF16) + new * x.to(tl.float32)
+    y += times_vector(past, counts, X_PARTS, 3, BF16) + tl.load(factors + HEADS) * x.to(tl.float32)
     squares = gated(y, projected + row * projected_stride, norm_weight, out, rows, GATED)
     if GATED:
         store_sum(squares, out, inner + 2 * head)
 
     entry = position % REPLAY
     tl.store(ring_x + entry * HEAD_DIM + p, x)
-    times = tl.where(k == entry, dt, 0)
+    times = tl.where(k == entry, tl.load(factors + 2 * HEADS), 0)
     changed = tl.where(is_folded(head, position, REPLAY), k < REPLAY, k == entry)
     tl.store(ring_dt + slot * ring_dt_stride + head * REPLAY + k, times, mask=changed)
     if head % (HEADS // GROUPS) == 0:  # one for the group

@@ -16,7 +16,7 @@ import pytest
 from vllm_bamba.ops.mixer_step.tuning import DEFAULT, PREPARE, TUNED, Launch
 from vllm_bamba.ops.skinny_linear.tuning import TUNED as PRODUCTS_TUNED
 
-SHAPE = {"HEADS": 128, "HEAD_DIM": 64, "GROUPS": 1, "STATE": 128, "WIDTH": 4, "CHANNELS": 8448, "BIAS": True}
+SHAPE = {"HEADS": 128, "HEAD_DIM": 64, "GROUPS": 1, "STATE": 128, "WIDTH": 4, "BIAS": True}
 FP32 = {"a_ptr", "scale", "ring_dt", "states", "factors"}
 INT32 = {"slots", "lengths", "query_start_loc"}
 UNALIGNED = {"slots", "lengths", "query_start_loc", "continues", "slots_stride", "rows"}  # not specialised on
@@ -35,9 +35,10 @@ OTHERS = [
     for state in ("bf16", "i8", "fp8e4nv")
 ]
 PRODUCTS = [
-    {"kernel": "linear", "state": "bf16", "launch": launch}
+    {"kernel": "linear", "state": "bf16", "launch": o}
+    | {"ROWS": o.rows, "COLUMNS": o.columns, "DEPTH": o.depth, "STAGES": o.num_stages}
     for tuning in PRODUCTS_TUNED.values()
-    for launch in (*tuning.few, *tuning.many)
+    for o in (*tuning.few, *tuning.many)
 ]
 CASES = [*STEP, *OTHERS, *PRODUCTS, {"kernel": "gate", "state": "bf16"}]
 
@@ -88,9 +89,6 @@ def compile_one(case: dict[str, Any]) -> str:
     constants = SHAPE | {"QUANTISED": STATES[case["state"]], "GATED": True}
     constants |= {"COLUMNS": 8192, "SUMS": 64, "BLOCK": BLOCKS.get(case["kernel"], PREPARE.channels)}
     constants |= {"BLOCK_HEADS": PREPARE.heads, "FOLD_DIM": PREPARE.folded}
-    if case["kernel"] == "linear":
-        sizes = {"ROWS": launch.rows, "COLUMNS": launch.columns, "DEPTH": launch.depth, "STAGES": launch.num_stages}
-        constants |= sizes
     constants |= {name: value for name, value in case.items() if name.isupper()}
     signature, fixed, hints = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):

@@ -9,7 +9,7 @@ from helpers import DEVICE, DTYPES, NO_LIMIT, assert_precise, decode_plan, insid
 from vllm_bamba.ops.mixer_step import StepWeights, mixer_step, sum_columns
 from vllm_bamba.ops.mixer_step.reference import mixer_step_reference
 from vllm_bamba.ops.mixer_step.tuning import Launch
-from vllm_bamba.ops.slot_state import read_slots, write_slots
+from vllm_bamba.ops.slot_state import empty_inputs, read_slots, write_slots
 from vllm_bamba.sharding import MixerShard
 from vllm_bamba.state import EIGHT_BITS, FusedSlots, SlotFormat
 
@@ -50,7 +50,9 @@ class Batch:
         inputs = randn_rows(6, len(slots), channels, form.width - 1, dtype=dtype)
         states = randn_rows(7, len(slots), HEADS, HEAD_DIM, STATE, dtype=form.dtype).float()
         plan = prefill_plan([1] * len(slots), slots, [n - 1 for n in lengths])
-        write_slots(self.fused, plan, behind_padding(inputs), states)
+        behind_padding = empty_inputs(self.fused, len(slots)).fill_(float("nan"))
+        behind_padding[1:] = inputs
+        write_slots(self.fused, plan, behind_padding, states)
         self.exact = [(i.double(), s.double()) for i, s in zip(inputs, states, strict=True)]
         self.plain = [(i, stored(s, form)) for i, s in zip(inputs, states, strict=True)]
 
@@ -110,15 +112,6 @@ class Batch:
         for i, row in enumerate(used):
             assert torch.equal(inputs[1 + i].double(), self.exact[row][0])
             assert_precise(states[i], self.exact[row][1], self.plain[row][1], f"state of row {row}", self.far)
-
-
-def behind_padding(inputs: torch.Tensor) -> torch.Tensor:
-    """Inputs [sequences, channels, width - 1] as a prefill has them."""
-    return torch.cat([torch.full_like(inputs[:1], float("nan")), inputs]).transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def no_inputs(sequences: int, form: SlotFormat) -> torch.Tensor:
-    return behind_padding(torch.zeros(sequences, form.shard.local_conv_channels, form.width - 1, device=DEVICE))
 
 
 def randn_rows(seed: int, rows: int, *size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -316,7 +309,7 @@ def test_rounding_to_8_bits_keeps_the_mean(dtype: torch.dtype, largest: int, val
     states[..., 0] = largest
     slots = list(range(1, 200))
     plan = prefill_plan([1] * 199, slots, list(range(199)))
-    write_slots(fused, plan, no_inputs(199, form), states.expand(199, -1, -1, -1))
+    write_slots(fused, plan, empty_inputs(fused, 199).zero_(), states.expand(199, -1, -1, -1))
     assert torch.equal(fused.scale[1:], torch.ones_like(fused.scale[1:]))
     assert (fused.ssm[1:, ..., 0].float() == largest).all()
     steps = fused.ssm[1:, ..., 1:].double() / step

@@ -53,11 +53,9 @@ def write_slots(slots: FusedSlots, plan: PrefillPlan, inputs: torch.Tensor, stat
     _, width, channels = slots.conv.shape
     if inputs.shape != (1 + len(states), channels, width - 1) or not inputs.transpose(1, 2).is_contiguous():
         raise ValueError(f"inputs {tuple(inputs.shape)} of {inputs.dtype} are not laid out as by `empty_inputs`")
-    constants = _constants(slots)
-    del constants["GROUPS"]
     tensors = (slots.conv, slots.ssm, slots.scale, slots.ring_dt)
     write_kernel[_programs(slots), len(states)](
-        inputs, states.contiguous(), plan.slots, plan.lengths, *tensors, *slot_strides(tensors), **constants
+        inputs, states.contiguous(), plan.slots, plan.lengths, *tensors, *slot_strides(tensors), **_constants(slots)
     )
 
 
@@ -67,5 +65,4 @@ def _programs(slots: FusedSlots) -> int:
 
 
 def _constants(slots: FusedSlots) -> dict[str, object]:
-    _, width, channels = slots.conv.shape
-    return slots.constants() | {"WIDTH": width, "CHANNELS": channels, "BLOCK": BLOCK}
+    return slots.constants() | {"WIDTH": slots.conv.shape[1], "BLOCK": BLOCK}

@@ -22,13 +22,14 @@ def read_kernel(
     inputs, states, a_ptr, slots, lengths, query_start_loc, continues, conv, ssm, scale, ring_x, ring_b, ring_dt,
     conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr,
-    REPLAY: tl.constexpr, QUANTISED: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    REPLAY: tl.constexpr, QUANTISED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`read_slots`, a head or a block of channels of a sequence."""
     head, sequence = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + sequence).to(tl.int64)
     new = tl.load(query_start_loc + sequence + 1) - tl.load(query_start_loc + sequence)
     position = tl.load(lengths + sequence) - new  # of the first new token
+    CHANNELS: tl.constexpr = HEADS * HEAD_DIM + 2 * GROUPS * STATE  # of the convolution
     if head >= HEADS:
         there, here, inside = places(head - HEADS, sequence, position, WIDTH, CHANNELS, BLOCK)
         tl.store(inputs + here, tl.load(conv + slot * conv_stride + there, mask=inside), mask=inside)
@@ -55,12 +56,13 @@ def read_kernel(
 def write_kernel(
     inputs, states, slots, lengths, conv, ssm, scale, ring_dt,
     conv_stride, ssm_stride, scale_stride, ring_dt_stride,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, STATE: tl.constexpr,
-    REPLAY: tl.constexpr, QUANTISED: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr,
+    REPLAY: tl.constexpr, QUANTISED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`write_slots`, likewise."""
     head, sequence = tl.program_id(0), tl.program_id(1)
     slot, length = tl.load(slots + sequence).to(tl.int64), tl.load(lengths + sequence)
+    CHANNELS: tl.constexpr = HEADS * HEAD_DIM + 2 * GROUPS * STATE  # of the convolution
     if head >= HEADS:
         there, here, inside = places(head - HEADS, sequence, length, WIDTH, CHANNELS, BLOCK)
         tl.store(conv + slot * conv_stride + there, tl.load(inputs + here, mask=inside), mask=inside)

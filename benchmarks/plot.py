@@ -189,7 +189,7 @@ def decode_operator(axes: Axes, rows: pd.DataFrame) -> bool:
     for of, name, style in ((ours, "fused", "-"), (floors, "floor of its bytes", "--")):
         for state, points in of.sort_values("batch").groupby("state_dtype", sort=False):
             bits = {"int8": "8-bit", "float32": "32-bit"}.get(str(state), "16-bit")
-            colour = "#2f81f7" if bits == "8-bit" else COLOURS["fused"]
+            colour = COLOURS["fused_int8" if bits == "8-bit" else "fused"]
             axes.plot(points.batch, points.value, f"o{style}", color=colour, label=f"{name}, {bits} states")
     ticks = sorted(rows.batch.unique())
     axes.set(xlabel="batch", ylabel="ms a layer", yscale="log", xscale="log")

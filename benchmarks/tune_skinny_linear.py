@@ -22,8 +22,10 @@ from shapes import bamba_config
 from timing import Samples, interleaved, measure_limits
 from triton.runtime.errors import OutOfResources
 
+from vllm_bamba.config import BambaShape
 from vllm_bamba.ops.skinny_linear import skinny_linear
 from vllm_bamba.ops.skinny_linear.tuning import MANY, Launch
+from vllm_bamba.state import mixer_shard
 
 PYTORCH = "pytorch"
 DTYPE = torch.bfloat16
@@ -45,17 +47,16 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def projections(shape: str) -> dict[str, tuple[int, int]]:
     """Rows and columns of the weights of a model."""
-    config = bamba_config(shape)
-    hidden, inner = config.hidden_size, config.mamba_expand * config.hidden_size
-    head = hidden // config.num_attention_heads
+    sizes = BambaShape.from_hf(bamba_config(shape))
+    hidden, queries = sizes.hidden_size, sizes.num_attention_heads * sizes.head_dim
     return {
-        "in_proj": (2 * inner + 2 * config.mamba_n_groups * config.mamba_d_state + config.mamba_n_heads, hidden),
-        "out_proj": (hidden, inner),
-        "gate_up_proj": (2 * config.intermediate_size, hidden),
-        "down_proj": (hidden, config.intermediate_size),
-        "qkv_proj": ((config.num_attention_heads + 2 * config.num_key_value_heads) * head, hidden),
-        "o_proj": (hidden, hidden),
-        "lm_head": (config.vocab_size, hidden),
+        "in_proj": (sum(mixer_shard(sizes, 1).in_proj_sizes), hidden),
+        "out_proj": (hidden, sizes.mamba_intermediate),
+        "gate_up_proj": (2 * sizes.intermediate_size, hidden),
+        "down_proj": (hidden, sizes.intermediate_size),
+        "qkv_proj": (queries + 2 * sizes.num_key_value_heads * sizes.head_dim, hidden),
+        "o_proj": (hidden, queries),
+        "lm_head": (sizes.vocab_size, hidden),
     }
 
 

@@ -22,7 +22,6 @@ import pathlib
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from vllm_bamba.config import BambaShape
 from vllm_bamba.ops.mixer_step import StepWeights, mixer_step
 from vllm_bamba.ops.mixer_step.tuning import tuning_for
 from vllm_bamba.ops.slot_state import empty_inputs, write_slots
-from vllm_bamba.state import EIGHT_BITS, DecodePlan, FusedSlots, PrefillPlan, SlotFormat, mixer_shard
+from vllm_bamba.state import EIGHT_BITS, DecodePlan, FusedSlots, SlotFormat, mixer_shard
 
 PERPLEXITY_LIMIT = 1e-3  # relative to fp32's
 KL_LIMIT = 1e-3  # nats a token, on average
@@ -137,9 +136,8 @@ def empty_slots(form: SlotFormat, plan: DecodePlan) -> FusedSlots:
     """Slots of the plan's sequences, which have no tokens yet; slot 0 is padding."""
     rows, device = plan.num_tokens, plan.slots.device
     slots = form.empty(rows + 1, device)
-    start = replace(PrefillPlan.of_one_chunk(1, False, device), slots=plan.slots[:, 0], lengths=plan.lengths)
     states = torch.zeros(rows, *slots.ssm.shape[1:], device=device)
-    write_slots(slots, start, empty_inputs(slots, rows).zero_(), states)
+    write_slots(slots, plan.slots[:, 0], plan.lengths, empty_inputs(slots, rows).zero_(), states)
     return slots
 
 

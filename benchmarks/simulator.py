@@ -8,12 +8,12 @@ it says in milliseconds what a request hits and whether that is right.
 
 from __future__ import annotations
 
-import functools
 import pathlib
 import tempfile
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -37,11 +37,12 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_bamba.prefix.options import attention_spec, configure, state_spec
+from vllm_bamba.prefix.policy import inner_position
 
 START = 0  # what no text stands for
 
 
-@functools.cache
+@cache
 def _config_folder(max_model_len: int) -> str:
     """A folder with the config of Bamba-9B, small where only weights would notice."""
     folder = tempfile.mkdtemp(prefix="bamba-9b-config-")
@@ -126,7 +127,8 @@ class Simulator:
         cache.block_size, cache.prefix_match_unit = block, unit
         cache.mamba_block_size = block if caching else geometry.max_tokens
         config.scheduler_config.scheduler_cls, config.scheduler_config.async_scheduling = None, asynchronous
-        if slots and caching:
+        slots = slots and caching
+        if slots:
             configure(config)
         register_all_kvcache_specs(config)
         page = block * 4096
@@ -135,7 +137,8 @@ class Simulator:
             page_size_padded=max(page, 2 * (3 * 8448 + 128 * 64 * 128)), mamba_cache_mode=mode,
             num_prefill_checkpoint_blocks=int(exports), prefill_checkpoint_alignment=1 if exports else None,
         )  # fmt: skip
-        states = state_spec(states, config)
+        if slots:
+            states = state_spec(states, config)
         attention = attention_spec(
             FullAttentionSpec(block_size=block, num_kv_heads=8, head_size=128, dtype=torch.bfloat16), config
         )
@@ -155,7 +158,10 @@ class Simulator:
             log_stats=True,
         )
         self._hasher = get_request_block_hasher(hash_block, sha256) if caching else None
-        self.worker = _Worker(states.block_size, block, geometry.mamba_groups, hash_block if exports else 0)
+        inner = partial(inner_position, unit=states.block_size) if slots else None
+        if exports and not slots:
+            inner = partial(_vllms_inner_position, unit=hash_block, block=states.block_size)
+        self.worker = _Worker(states.block_size, block, geometry.mamba_groups, inner)
         self.seen: dict[str, Seen] = {}
         self.queries = self.hits = 0  # tokens, as vLLM's metrics count them
         self._running: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
@@ -245,12 +251,20 @@ class Simulator:
         return [*text, 3 + hash((tuple(text[:8]), len(text), name)) % 500]
 
 
+def _vllms_inner_position(start: int, end: int, unit: int, block: int) -> int:
+    """`inner_position` as vLLM's own caching has it."""
+    position = (end - 1) // unit * unit
+    return position if is_mamba_prefill_checkpoint_valid(start, end, position, unit, block, 1) else 0
+
+
 class _Worker:
     """Block tables and the texts that blocks stand for."""
 
-    def __init__(self, state_block: int, attention_block: int, mamba_groups: int, exports_at: int):
+    def __init__(
+        self, state_block: int, attention_block: int, mamba_groups: int, inner: Callable[[int, int], int] | None
+    ):
         self.state_block, self.attention_block, self.mamba_groups = state_block, attention_block, mamba_groups
-        self.exports_at = exports_at  # tokens between the states that a prefill may export; 0: it exports none
+        self.inner = inner  # of a step's first token and end: where the state inside is kept, too
         self.states: dict[int, int] = {}
         self.keys: dict[int, dict[int, int]] = {}  # block -> offset -> text up to that token
         self.tables: dict[str, list[list[int]]] = {}
@@ -284,7 +298,7 @@ class _Worker:
             if before != self._at(name, start):
                 self.wrong.append(f"{name} continues at {start} from another text's state")
             self.states[block] = self._at(name, start + count)
-        if self.exports_at:
+        if self.inner is not None:
             for name, count in output.num_scheduled_tokens.items():
                 self._export(name, starts[name], starts[name] + count)
         for name, count in output.num_scheduled_tokens.items():
@@ -321,9 +335,9 @@ class _Worker:
         return self.texts[name][position]
 
     def _export(self, name: str, start: int, end: int) -> None:
-        position = (end - 1) // self.exports_at * self.exports_at
-        valid = is_mamba_prefill_checkpoint_valid(start, end, position, self.exports_at, self.state_block, 1)
-        for table in self.tables[name][: self.mamba_groups] if valid else ():
+        assert self.inner is not None
+        position = self.inner(start, end)
+        for table in self.tables[name][: self.mamba_groups] if position else ():
             block = table[-(-end // self.state_block) - 2]
             if block:  # not the padding
                 self.states[block] = self._at(name, position)

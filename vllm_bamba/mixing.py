@@ -151,12 +151,11 @@ class FusedMixing(Mixing):
         layout = zip(self.form.shapes(), self.form.dtypes(), strict=True)
         slots = self.form.bind(tuple(torch.zeros(2, *shape, dtype=dtype, device=device) for shape, dtype in layout))
         chunk = PrefillPlan.of_one_chunk(mixer.shape.chunk_size, True, device)
-        write_slots(slots, chunk, *read_slots(slots, mixer.A, chunk))
-
-        # slot 0 is padding to the convolution: its kernel is made, and does nothing
-        inputs = projected.new_zeros(chunk.num_tokens, projected.shape[1])
-        padding = empty_inputs(slots, 1)
-        causal_conv1d_prefill(self._split(inputs)[0], mixer.conv1d.weight, mixer.conv1d.bias, padding, chunk)
+        # slot 0 is padding: kernels are made, and write nothing
+        inputs = empty_inputs(slots, 1)
+        write_slots(slots, chunk.slots, chunk.lengths, inputs, read_slots(slots, mixer.A, chunk, inputs))
+        xBC, _ = self._split(projected.new_zeros(chunk.num_tokens, projected.shape[1]))
+        causal_conv1d_prefill(xBC, mixer.conv1d.weight, mixer.conv1d.bias, inputs, chunk)
 
         row = projected.new_zeros(1, projected.shape[1])
         output = row.new_empty(1, shard.local_intermediate + self.sums)
@@ -172,13 +171,12 @@ class FusedMixing(Mixing):
         from vllm_bamba.ops.slot_state import empty_inputs, read_slots, write_slots
 
         mixer, slots, sequences = self.mixer, self.form.bind(self.mixer.kv_cache), len(plan.slots)
-        initial: torch.Tensor | None = None
-        if plan.any_continues:
-            inputs, initial = read_slots(slots, mixer.A, plan)
-        else:
-            inputs = empty_inputs(slots, sequences)
+        inner, kept = plan.inner, sequences if plan.inner is None else 2 * sequences
+        inputs = empty_inputs(slots, kept)
+        initial = read_slots(slots, mixer.A, plan, inputs) if plan.any_continues else None
         xBC, dt = self._split(projected)
-        of_inputs = replace(plan, slots=_rows(sequences, projected.device))
+        rows = _rows(kept, projected.device)
+        of_inputs = replace(plan, slots=rows[:sequences], inner=inner and replace(inner, slots=rows[sequences:]))
         xBC = causal_conv1d_prefill(xBC, mixer.conv1d.weight, mixer.conv1d.bias, inputs, of_inputs)
         x, B, C = self._heads(xBC)
         y = x.new_empty(x.shape) if self.divides_later else self._by_head(output)
@@ -189,7 +187,9 @@ class FusedMixing(Mixing):
         if self.divides_later:
             gate = projected[:, : mixer.shard.local_intermediate]
             gate_for_later(y.flatten(1), gate, mixer.norm.weight, output)
-        write_slots(slots, plan, inputs, states)
+        write_slots(slots, plan.slots, plan.lengths, inputs[: 1 + sequences], states[:sequences])
+        if inner is not None:
+            write_slots(slots, inner.slots, inner.lengths, inputs[sequences:], states[sequences:])
 
 
 @functools.lru_cache(maxsize=64)

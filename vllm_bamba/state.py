@@ -41,6 +41,25 @@ class DecodePlan:
 
 
 @dataclass(frozen=True)
+class InnerStates:
+    """States inside of a batch's prefills that are kept as well, at most one of each sequence.
+
+    Attributes:
+        slots: int32 [sequences]; 0: nothing is kept.
+        lengths: int32 [sequences], tokens of each sequence up to there.
+        inputs: int64 [sequences, 3], which of the batch's prefill tokens are the last of these.
+        chunks: int64 [2 * sequences], the chunk that ends each sequence, then the chunk that ends there.
+        offsets: new tokens of each sequence up to there, known without asking the device; 0: nothing is kept.
+    """
+
+    slots: torch.Tensor
+    lengths: torch.Tensor
+    inputs: torch.Tensor
+    chunks: torch.Tensor
+    offsets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class PrefillPlan:
     """A run of tokens for each of a number of sequences, packed one after the other.
 
@@ -56,6 +75,7 @@ class PrefillPlan:
         chunk_sequence: int32 [chunks].
         last_chunk: int32 [sequences], the chunk that ends each sequence.
         conv_metadata: what vLLM's Triton convolution wants to know of the launch.
+        inner: states inside of the runs that are kept, too; None where there are none.
     """
 
     num_tokens: int
@@ -69,6 +89,7 @@ class PrefillPlan:
     chunk_sequence: torch.Tensor
     last_chunk: torch.Tensor
     conv_metadata: object
+    inner: InnerStates | None = None
 
     @classmethod
     def of_one_chunk(cls, chunk_size: int, continues: bool, device: torch.device) -> PrefillPlan:
@@ -114,8 +135,17 @@ def plan_batch(metadata: Mamba2AttentionMetadata) -> tuple[DecodePlan | None, Pr
             chunk_sequence=metadata.seq_idx_p,
             last_chunk=metadata.last_chunk_indices_p,
             conv_metadata=metadata,
+            inner=_inner_states(metadata),
         )
     return decode, prefill
+
+
+def _inner_states(metadata: Mamba2AttentionMetadata) -> InnerStates | None:
+    """Those that the metadata's builder, `inner_states.StateMetadataBuilder`, found."""
+    inner: Any = metadata.checkpoint_meta
+    if inner is None:
+        return None
+    return InnerStates(inner.state_indices, inner.lengths, inner.inputs, inner.chunks, tuple(inner.offsets))
 
 
 def state_shapes(

@@ -16,7 +16,7 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.utils import compute_causal_conv1d_metadata
 
-from vllm_bamba.state import DecodePlan, PrefillPlan
+from vllm_bamba.state import DecodePlan, InnerStates, PrefillPlan
 
 DEVICE = torch.device(current_platform.device_type)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -34,19 +34,31 @@ def ints(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def chunk_lengths(new: int, computed: int, chunk_size: int) -> list[int]:
-    """Tokens of each chunk of a sequence: chunks end at multiples of `chunk_size` of its position."""
-    cuts = [0, *(n for n in range(1, new) if (computed + n) % chunk_size == 0), new]
+def chunk_lengths(new: int, computed: int, chunk_size: int, inner: int = 0) -> list[int]:
+    """Tokens of each chunk of a sequence: chunks end at multiples of `chunk_size` of its position, and at `inner`."""
+    cuts = [0, *(n for n in range(1, new) if (computed + n) % chunk_size == 0 or n == inner), new]
     return [end - start for start, end in itertools.pairwise(cuts)]
 
 
 def prefill_plan(
-    lengths: list[int], slots: list[int], computed: list[int] | None = None, chunk_size: int = CHUNK
+    lengths: list[int],
+    slots: list[int],
+    computed: list[int] | None = None,
+    chunk_size: int = CHUNK,
+    inner: dict[int, tuple[int, int]] | None = None,
 ) -> PrefillPlan:
-    """Sequences of `lengths` new tokens, of which `computed` came before."""
+    """Sequences of `lengths` new tokens, of which `computed` came before.
+
+    Of a sequence in `inner` the state after some of its new tokens is kept in another slot.
+    """
     computed = computed or [0] * len(lengths)
     offsets = [0, *itertools.accumulate(lengths)]
-    chunks = [chunk_lengths(n, c, chunk_size) for n, c in zip(lengths, computed, strict=True)]
+    inside = [(inner or {}).get(i, (0, 0)) for i in range(len(lengths))]
+    chunks = [
+        chunk_lengths(n, c, chunk_size, offset) for n, c, (offset, _) in zip(lengths, computed, inside, strict=True)
+    ]
+    first_chunks = [0, *itertools.accumulate(map(len, chunks))]
+    last = [first - 1 for first in first_chunks[1:]]
     conv_metadata = None
     if DEVICE.type == "cuda":
         names = ("nums_dict", "batch_ptr", "token_chunk_offset_ptr")
@@ -62,8 +74,26 @@ def prefill_plan(
         chunk_size=chunk_size,
         chunk_start_loc=ints([0, *itertools.accumulate(itertools.chain(*chunks))]),
         chunk_sequence=ints([i for i, of_sequence in enumerate(chunks) for _ in of_sequence]),
-        last_chunk=ints([n - 1 for n in itertools.accumulate(len(c) for c in chunks)]),
+        last_chunk=ints(last),
         conv_metadata=conv_metadata,
+        inner=None if inner is None else inner_states(inside, offsets, computed, chunks, last),
+    )
+
+
+def inner_states(
+    inside: list[tuple[int, int]], offsets: list[int], computed: list[int], chunks: list[list[int]], last: list[int]
+) -> InnerStates:
+    ends = [
+        first - len(of_one) + 1 + [*itertools.accumulate(of_one)].index(offset) if offset else 0
+        for first, of_one, (offset, _) in zip(last, chunks, inside, strict=True)
+    ]
+    places = [start + offset for start, (offset, _) in zip(offsets[:-1], inside, strict=True)]
+    return InnerStates(
+        slots=ints([slot for _, slot in inside]),
+        lengths=ints([c + offset for c, (offset, _) in zip(computed, inside, strict=True)]),
+        inputs=ints([[max(0, place - i) for i in (3, 2, 1)] for place in places]).long(),
+        chunks=ints([*last, *ends]).long(),
+        offsets=tuple(offset for offset, _ in inside),
     )
 
 

@@ -48,10 +48,17 @@ def to(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor |
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
-def check_prefill(batch: str, dtype: torch.dtype, width: int = 4, bias: bool = True, transposed: bool = True) -> None:
+def check_prefill(
+    batch: str,
+    dtype: torch.dtype,
+    width: int = 4,
+    bias: bool = True,
+    transposed: bool = True,
+    inner: dict[int, tuple[int, int]] | None = None,
+) -> None:
     lengths, computed = BATCHES[batch]
-    slots = SLOTS[: len(lengths)]
-    plan = prefill_plan(lengths, slots, computed)
+    slots, of_inner = SLOTS[: len(lengths)], [slot for _, slot in (inner or {}).values()]
+    plan = prefill_plan(lengths, slots, computed, inner=inner)
     weight, b = parameters(width, bias, dtype)
     x = randn(3, plan.num_tokens, CHANNELS, dtype=dtype)
     cache = Slots(11, (CHANNELS, width - 1), dtype, transposed)
@@ -65,10 +72,13 @@ def check_prefill(batch: str, dtype: torch.dtype, width: int = 4, bias: bool = T
 
     assert y.dtype == dtype
     assert y.shape == x.shape
-    cache.assert_untouched(bits, but=slots)
+    cache.assert_untouched(bits, but=[0, *slots, *of_inner] if inner else slots)
     start = 0
     for i, (length, slot) in enumerate(zip(lengths, slots, strict=True)):
         before = history[i] if computed[i] else torch.zeros_like(history[i])
+        if inner and i in inner:
+            offset, kept = inner[i]
+            assert torch.equal(cache.state[kept], x[start + offset - (width - 1) : start + offset].t())
         args = (x[start : start + length], weight, b, before)
         exact_y, exact_state = causal_conv1d_reference(*to(torch.float64, *args))
         plain_y, _ = causal_conv1d_reference(*args)
@@ -88,6 +98,13 @@ def test_prefill_is_the_reference(batch: str, dtype: torch.dtype) -> None:
 def test_prefill_of_every_width_with_and_without_bias(width: int, bias: bool) -> None:
     check_prefill("some_continue", torch.float32, width, bias)
     check_prefill("all_continue", torch.float32, width, bias)
+
+
+@pytest.mark.parametrize("transposed", LAYOUTS)
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_inputs_of_states_inside_of_prefills_are_kept(width: int, transposed: bool) -> None:
+    check_prefill("some_continue", torch.float32, width, transposed=transposed, inner={0: (3, 8), 3: (16, 5)})
+    check_prefill("block_and_one", torch.bfloat16, width, transposed=transposed, inner={0: (8, 5)})
 
 
 @pytest.mark.parametrize("transposed", LAYOUTS)

@@ -4,7 +4,19 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, NO_LIMIT, assert_precise, decode_plan, inside, prefill_plan, randn, usual, worst
+from helpers import (
+    DEVICE,
+    DTYPES,
+    NO_LIMIT,
+    assert_precise,
+    decode_plan,
+    inside,
+    ints,
+    prefill_plan,
+    randn,
+    usual,
+    worst,
+)
 
 from vllm_bamba.ops.mixer_step import StepWeights, mixer_step, sum_columns
 from vllm_bamba.ops.mixer_step.reference import mixer_step_reference
@@ -49,10 +61,9 @@ class Batch:
         self.pages, self.fused = poisoned(form, 12)
         inputs = randn_rows(6, len(slots), channels, form.width - 1, dtype=dtype)
         states = randn_rows(7, len(slots), HEADS, HEAD_DIM, STATE, dtype=form.dtype).float()
-        plan = prefill_plan([1] * len(slots), slots, [n - 1 for n in lengths])
         behind_padding = empty_inputs(self.fused, len(slots)).fill_(float("nan"))
         behind_padding[1:] = inputs
-        write_slots(self.fused, plan, behind_padding, states)
+        write_slots(self.fused, ints(slots), ints(lengths), behind_padding, states)
         self.exact = [(i.double(), s.double()) for i, s in zip(inputs, states, strict=True)]
         self.plain = [(i, stored(s, form)) for i, s in zip(inputs, states, strict=True)]
 
@@ -108,7 +119,8 @@ class Batch:
         """What a prefill would start from."""
         used = [row for row, slot in enumerate(self.slots) if slot]
         plan = prefill_plan([1] * len(used), [self.slots[row] for row in used], [self.lengths[row] for row in used])
-        inputs, states = read_slots(self.fused, self.weights.A, plan)
+        inputs = empty_inputs(self.fused, len(used))
+        states = read_slots(self.fused, self.weights.A, plan, inputs)
         for i, row in enumerate(used):
             assert torch.equal(inputs[1 + i].double(), self.exact[row][0])
             assert_precise(states[i], self.exact[row][1], self.plain[row][1], f"state of row {row}", self.far)
@@ -247,12 +259,13 @@ def test_small_time_steps_keep_their_relative_precision() -> None:
     """log(1 + exp(x)) as it stands is 0 below -17, and a head that never writes never learns."""
     batch = Batch(slot_format(torch.float32, replay=0), slots=[7], lengths=[5])
     batch.weights.dt_bias.fill_(-20)
-    inputs, states = read_slots(batch.fused, batch.weights.A, prefill_plan([1], [7], [5]))
-    write_slots(batch.fused, prefill_plan([1], [7], [4]), inputs, torch.zeros_like(states))
+    plan, inputs = prefill_plan([1], [7], [5]), empty_inputs(batch.fused, 1)
+    states = read_slots(batch.fused, batch.weights.A, plan, inputs)
+    write_slots(batch.fused, ints([7]), ints([5]), inputs, torch.zeros_like(states))
     batch.exact[0] = batch.exact[0][0], torch.zeros_like(batch.exact[0][1])
     batch.plain[0] = batch.plain[0][0], torch.zeros_like(batch.plain[0][1])
     batch.step(PLAIN)
-    state = read_slots(batch.fused, batch.weights.A, prefill_plan([1], [7], [5]))[1][0].double()
+    state = read_slots(batch.fused, batch.weights.A, plan, inputs)[0].double()
     assert batch.exact[0][1].abs().max() > 0
     torch.testing.assert_close(state, batch.exact[0][1], rtol=1e-5, atol=0)
 
@@ -308,8 +321,8 @@ def test_rounding_to_8_bits_keeps_the_mean(dtype: torch.dtype, largest: int, val
     states = torch.full((1, HEADS, HEAD_DIM, STATE), value, device=DEVICE)
     states[..., 0] = largest
     slots = list(range(1, 200))
-    plan = prefill_plan([1] * 199, slots, list(range(199)))
-    write_slots(fused, plan, empty_inputs(fused, 199).zero_(), states.expand(199, -1, -1, -1))
+    lengths = ints([1 + n for n in range(199)])
+    write_slots(fused, ints(slots), lengths, empty_inputs(fused, 199).zero_(), states.expand(199, -1, -1, -1))
     assert torch.equal(fused.scale[1:], torch.ones_like(fused.scale[1:]))
     assert (fused.ssm[1:, ..., 0].float() == largest).all()
     steps = fused.ssm[1:, ..., 1:].double() / step

@@ -96,11 +96,16 @@ def inputs(tokens: int, dtype: torch.dtype = torch.float32, groups: int = 1, see
 
 
 def check(
-    batch: str, dtype: torch.dtype, state_dtype: torch.dtype, groups: int = 1, limit: tuple[float, float] = NO_LIMIT
+    batch: str,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    groups: int = 1,
+    limit: tuple[float, float] = NO_LIMIT,
+    inner: dict[int, tuple[int, int]] | None = None,
 ) -> None:
     lengths, computed = BATCHES[batch]
-    slots = SLOTS[: len(lengths)]
-    plan = prefill_plan(lengths, slots, computed)
+    slots, of_inner = SLOTS[: len(lengths)], [slot for _, slot in (inner or {}).values()]
+    plan = prefill_plan(lengths, slots, computed, inner=inner)
     given = inputs(plan.num_tokens, dtype, groups)
     cache = Slots(11, (HEADS, HEAD_DIM, STATE), state_dtype)
     history = randn(9, len(lengths), HEADS, HEAD_DIM, STATE, dtype=state_dtype)
@@ -112,16 +117,16 @@ def check(
 
     ssd_prefill(*given.served(), limit, cache.state, plan, out)
 
-    cache.assert_untouched(bits, but=slots)
-    start = 0
+    cache.assert_untouched(bits, but=[0, *slots, *of_inner] if inner else slots)
+    start, low = 0, product_dtype(dtype)
     for i, (length, slot) in enumerate(zip(lengths, slots, strict=True)):
         before = history[i] if computed[i] else torch.zeros_like(history[i])
-        part = given.rows(start, start + length)
-        exact_y, exact_state = ssd_prefill_reference(*part.to(torch.float64), limit, before.double())
-        low = product_dtype(dtype)
-        plain_y, plain_state = ssd_prefill_reference(*part.to(low), limit, before.to(low))
-        assert_precise(out[start : start + length], exact_y, plain_y, f"y of sequence {i}")
-        assert_precise(cache.state[slot], exact_state, plain_state, f"state of sequence {i}")
+        for tokens, kept in [(length, slot), *([inner[i]] if inner and i in inner else [])]:
+            part = given.rows(start, start + tokens)
+            exact_y, exact_state = ssd_prefill_reference(*part.to(torch.float64), limit, before.double())
+            plain_y, plain_state = ssd_prefill_reference(*part.to(low), limit, before.to(low))
+            assert_precise(out[start : start + tokens], exact_y, plain_y, f"y of sequence {i}")
+            assert_precise(cache.state[kept], exact_state, plain_state, f"state of sequence {i} after {tokens}")
         start += length
 
 
@@ -134,6 +139,21 @@ def test_prefill_is_the_reference(batch: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("batch", ["one_token", "continued_alone_inside_a_chunk", "some_continue"])
 def test_bf16_activations_with_an_fp32_state(batch: str) -> None:
     check(batch, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "inner"),
+    [
+        ("none_continues", {3: (CHUNK + 5, 8)}),
+        ("none_continues", {0: (4, 3), 2: (CHUNK - 1, 8), 3: (2 * CHUNK, 6)}),
+        ("all_continue", {1: (16, 8)}),
+        ("continued_alone_inside_a_chunk", {0: (11, 8)}),  # where a chunk ends anyway
+        ("continued_alone_at_a_chunk", {0: (1, 8)}),
+    ],
+)
+def test_states_inside_of_prefills_are_kept(batch: str, inner: dict[int, tuple[int, int]], dtype: torch.dtype) -> None:
+    check(batch, dtype, dtype, inner=inner)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -295,6 +315,7 @@ def test_prefill_binds_to_vllms_triton_function(monkeypatch: pytest.MonkeyPatch)
         "seq_idx": plan.chunk_sequence,
         "state_dtype": torch.float32,
         "dt_softplus": True,
+        "return_intermediate_states": False,
     }
     assert call.keys() == passed.keys()
     assert all(call[name] is value or call[name] == value for name, value in passed.items())

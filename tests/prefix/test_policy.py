@@ -4,7 +4,16 @@ import random
 
 import pytest
 
-from vllm_bamba.prefix.policy import LEAST_GAIN, SPREAD_FROM, Kind, Slot, SlotTable, chunk_tokens, plan_prefill
+from vllm_bamba.prefix.policy import (
+    LEAST_GAIN,
+    SPREAD_FROM,
+    Kind,
+    Slot,
+    SlotTable,
+    chunk_tokens,
+    inner_position,
+    plan_prefill,
+)
 
 ROOT: list[str] = []
 
@@ -56,6 +65,24 @@ def test_a_chunk_ends_at_the_first_stop_inside_it() -> None:
     assert chunk_tokens(352, 4, stops) == 4
     assert chunk_tokens(0, 240, stops) == 240  # the budget ends it there anyway
     assert chunk_tokens(100, 50, stops) == 50
+
+
+def test_a_chunk_need_not_stop_where_it_keeps_the_state_in_passing() -> None:
+    stops = (240, 352)
+    assert chunk_tokens(240, 116, stops, kept=352) == 116
+    assert chunk_tokens(0, 356, stops, kept=352) == 240  # the other stop comes first
+    assert chunk_tokens(0, 100, stops, kept=96) == 100
+
+
+def test_a_chunk_keeps_the_state_at_its_last_unit_if_that_is_a_unit_behind_its_start() -> None:
+    assert inner_position(0, 356) == 352
+    assert inner_position(0, 352) == 336  # the state at 352 is the chunk's own
+    assert inner_position(336, 356) == 352
+    assert inner_position(337, 356) == 0
+    assert inner_position(352, 356) == 0
+    assert inner_position(0, 16) == 0
+    assert inner_position(0, 17) == 16
+    assert inner_position(100, 200, unit=32) == 192
 
 
 def table(capacity: int = 8) -> SlotTable:

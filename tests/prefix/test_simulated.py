@@ -227,6 +227,23 @@ def test_an_answer_has_its_groups_asked_once_a_unit(asynchronous: bool, monkeypa
     assert len(asked) <= 2 * (320 // 16 + 2)  # where a block begins and where a state is kept
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_prompts_end_costs_no_step_of_its_own(asynchronous: bool) -> None:
+    engine = Simulator(asynchronous=asynchronous)
+    assert engine.ask(text(1, 300), answer=3).chunks[:2] == [300, 1]
+    again = engine.ask(text(1, 300) + text(2, 50), answer=2)
+    assert (again.hit, again.chunks) == (288, [62, 1])
+    assert engine.wrong == []
+
+
+def test_where_memory_is_short_a_prefill_stops_at_its_prompts_end() -> None:
+    """Two states at once would take more blocks than there are."""
+    engine = Simulator(Geometry(attention_block=32, mamba_groups=3, blocks=15, max_tokens=200))
+    assert engine.ask(text(1, 200 - 60)).chunks == [128, 12]
+    assert engine.ask(text(1, 200 - 60)).hit == 128
+    assert engine.wrong == []
+
+
 def test_a_wrong_state_would_be_seen() -> None:
     engine, prompt = Simulator(), text(1, 300)
     engine.ask(prompt)

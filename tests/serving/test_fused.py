@@ -58,9 +58,14 @@ def test_states_in_the_prefix_cache_carry_their_rings(tmp_path, both_ways):
         outputs = engine.llm.generate([{"prompt_token_ids": turn} for turn in turns[:1]], use_tqdm=False)
         assert outputs[0].num_cached_tokens == (len(first) + 29) // 16 * 16  # the last token was never computed
         again = engine.answers(turns, 5, prompt_logprobs=False)
+        # from the states that were kept inside of the prefills of these
+        outputs = engine.llm.generate([{"prompt_token_ids": turn} for turn in turns], use_tqdm=False)
+        assert [o.num_cached_tokens for o in outputs] == [(len(turn) - 1) // 16 * 16 for turn in turns]
+        resent = engine.answers(turns, 5, prompt_logprobs=False)
     with Engine(path, enable_prefix_caching=False) as engine:
         expected = engine.answers(turns, 5, prompt_logprobs=False)
     assert_same(again, expected)
+    assert_same(resent, expected)
 
 
 @pytest.mark.parametrize("dtype", EIGHT_BITS)

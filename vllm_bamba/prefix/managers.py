@@ -41,7 +41,7 @@ class BambaAttentionSpec(FullAttentionSpec):
 
 
 class BambaStateManager(MambaManager):
-    """Keys a state block where, and only where, a step ends on its last token.
+    """Keys a state block where, and only where, a step ends on its last token or keeps the state there in passing.
 
     The block at a position then holds the state after exactly that many tokens, and no later step writes to it.
     """
@@ -58,10 +58,18 @@ class BambaStateManager(MambaManager):
             self.slots.hit(request_id, key_of(new_computed_blocks[-1]))
         super().add_local_computed_blocks(request_id, new_computed_blocks, *args, **kwargs)
 
+    def _needs_internal_checkpoint(self, request_id: str, *args: Any, **kwargs: Any) -> bool:
+        return self.slots.inner(request_id) > 0
+
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         self.num_cached_block[request.request_id] = num_tokens // self.block_size
-        if num_tokens % self.block_size or num_tokens == 0:
-            return
+        if inner := self.slots.inner(request.request_id):
+            self._key(request, inner)
+        if num_tokens > 0 and num_tokens % self.block_size == 0:
+            self._key(request, num_tokens)
+
+    def _key(self, request: Request, num_tokens: int) -> None:
+        """Have the state after that many of the request's tokens found, if it becomes a slot."""
         hash_index = num_tokens // self.block_pool.hash_block_size - 1
         blocks = self.req_to_blocks[request.request_id]
         index = num_tokens // self.block_size - 1

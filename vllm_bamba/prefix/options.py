@@ -149,9 +149,12 @@ def _obstacle(vllm_config: VllmConfig, has_attention: bool) -> str | None:
 
 def state_spec(spec: KVCacheSpec, vllm_config: VllmConfig) -> KVCacheSpec:
     """A Mamba layer's cache specification: with slots, one that has a block for every unit."""
+    from vllm.v1.kv_cache_interface import MambaSpec
+
     from vllm_bamba.compat import replace_spec, set_state_block
 
     cache = vllm_config.cache_config
+    spec = replace_spec(MambaSpec, spec, num_prefill_checkpoint_blocks=1, prefill_checkpoint_alignment=1)
     if not active(vllm_config):
         if cache.enable_prefix_caching and vllm_config.model_config.max_model_len <= spec.block_size:
             logger.warning(

@@ -5,8 +5,9 @@ The rule, in full:
 - A prefill leaves a slot at the end of its prompt, at the end of the part that it shares with others (known because
   an earlier prompt parts there, because the request says so, or because a chat's system messages end there), and,
   where it has at least `SPREAD_FROM` tokens to compute and half of the slots are free, at `SPREAD` of its length.
-- A position where prompts part gets one only if it saves `LEAST_GAIN` tokens, since stopping a prefill there costs a
-  step.
+- The state at a prompt's end is kept in passing (`inner_position`), if there is memory for two states in one step; at
+  other positions a prefill stops, which costs a step. So a position where prompts part gets a slot only if that saves
+  `LEAST_GAIN` tokens.
 - A running answer keeps one slot, at its newest boundary.
 - A slot counts as of use once a request has started from it; where two prompts part, or the request says that others
   share its text, from the beginning. The end of a system message must prove itself: each chat may have its own.
@@ -76,9 +77,19 @@ def plan_prefill(
     return {position: plan[position] for position in sorted(plan) if hit < position <= last}
 
 
-def chunk_tokens(start: int, tokens: int, stops: Iterable[int]) -> int:
-    """Tokens of a prefill chunk that starts at `start` and may have `tokens`: up to the first stop inside it."""
-    return min((stop - start for stop in stops if start < stop < start + tokens), default=tokens)
+def inner_position(start: int, end: int, unit: int = UNIT) -> int:
+    """Where the state inside of a prefill chunk of tokens `start` to `end` is kept, too: its last unit; 0: nowhere."""
+    position = (end - 1) // unit * unit
+    return position if position - start >= unit else 0
+
+
+def chunk_tokens(start: int, tokens: int, stops: Iterable[int], kept: int = 0) -> int:
+    """Tokens of a prefill chunk that starts at `start` and may have `tokens`: up to the first stop inside it.
+
+    At the position `kept` it need not stop.
+    """
+    first = min((stop for stop in stops if start < stop < start + tokens), default=kept)
+    return tokens if first == kept else first - start
 
 
 @dataclass

@@ -10,7 +10,7 @@ from vllm.v1.request import Request
 
 from vllm_bamba.prefix.managers import OnlyWhereDue
 from vllm_bamba.prefix.options import SlotOptions, shared_tokens, system_tokens
-from vllm_bamba.prefix.policy import chunk_tokens, plan_prefill
+from vllm_bamba.prefix.policy import chunk_tokens, inner_position, plan_prefill
 from vllm_bamba.prefix.slots import Slots
 
 
@@ -35,6 +35,7 @@ class PrefixAware(Scheduler):
         Unlike vLLM's it need not end on a block's last token: `BambaStateManager` keys what does and nothing else.
         """
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
+        unit = 2 * self.hash_block_size
         if start >= max(request.num_prompt_tokens, request.num_tokens - 1):
             return num_new_tokens
         if request.num_computed_tokens == 0:
@@ -44,10 +45,14 @@ class PrefixAware(Scheduler):
                 junction=request.shared_prefix_boundary,
                 hint=shared_tokens(request.sampling_params),
                 system=system_tokens(request.sampling_params),
-                unit=2 * self.hash_block_size,
+                unit=unit,
                 roomy=self.slots.table.roomy,
             )
-        return chunk_tokens(start, num_new_tokens, self.slots.plans.get(request.request_id, ()))
+        end, plan = start + num_new_tokens, self.slots.plans.get(request.request_id, {})
+        kept = inner_position(start, end, unit) if self.slots.room_inside(request.request_id, end) else 0
+        tokens = chunk_tokens(start, num_new_tokens, plan, kept)
+        self.slots.keeps_inside(request.request_id, kept if tokens == num_new_tokens and kept in plan else 0)
+        return tokens
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         attention = self.slots.attention

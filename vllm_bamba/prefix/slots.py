@@ -46,7 +46,8 @@ class Slots:
         self._lineage: defaultdict[str, list[Key]] = defaultdict(list)
         self._newest: dict[str, Key] = {}  # of each answer
         self._step: defaultdict[str, list[Key]] = defaultdict(list)
-        self._decided: tuple[str, int, bool] = ("", 0, False)
+        self._inner: dict[str, int] = {}
+        self._decided: dict[tuple[str, int], bool] = {}
         before_allocation(pool, self.make_room)
 
     @classmethod
@@ -64,7 +65,24 @@ class Slots:
 
     def new_step(self) -> None:
         self._step.clear()
-        self._decided = ("", 0, False)
+        self._inner.clear()
+        self._decided.clear()
+
+    def room_inside(self, request_id: str, end: int) -> bool:
+        """Whether a prefill up to `end` can have a second state in its step without taking others' blocks."""
+        attention = self.attention
+        assert attention is not None
+        more = -(-end // attention.block_size) - len(attention.req_to_blocks.get(request_id, ()))
+        copied = self.groups + 1  # where it starts from another text's state
+        return self.pool.get_num_free_blocks() >= more + 2 * self.groups + copied
+
+    def keeps_inside(self, request_id: str, position: int) -> None:
+        """The step that is being scheduled leaves the state at this position, too; 0: none."""
+        self._inner[request_id] = position
+
+    def inner(self, request_id: str) -> int:
+        """That position."""
+        return self._inner.get(request_id, 0)
 
     def hit(self, request_id: str, key: Key) -> None:
         """The request is admitted and starts from this slot."""
@@ -75,9 +93,9 @@ class Slots:
     def admits(self, request: Request, position: int, key: Key) -> bool:
         """Whether the state at this position becomes a slot; all groups of a position get the same answer."""
         asked = (request.request_id, position)
-        if self._decided[:2] != asked or (self._decided[2] and key not in self._states):
-            self._decided = (*asked, self._admit(request, position, key))
-        return self._decided[2]
+        if asked not in self._decided or (self._decided[asked] and key not in self._states):
+            self._decided[asked] = self._admit(request, position, key)
+        return self._decided[asked]
 
     def add_state(self, key: Key, block: KVCacheBlock) -> None:
         self._states[key].append(block)
@@ -98,6 +116,7 @@ class Slots:
             request_id: the request.
             blocks: attention blocks that got keys for it in this step.
         """
+        self._inner.pop(request_id, None)
         for key in self._step.pop(request_id, ()):
             if key in self.table:
                 self._drop(key)

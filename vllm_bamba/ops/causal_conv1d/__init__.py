@@ -24,14 +24,20 @@ def causal_conv1d_prefill(
         x: [tokens, channels], the channels next to each other in memory.
         weight: [channels, width].
         bias: [channels] or None.
-        conv_state: [slots, channels, >= width - 1], read where `plan.continues`, written in place.
+        conv_state: [slots, channels, >= width - 1], read where `plan.continues`, written in place, also in the slots of
+            `plan.inner`.
         plan: the batch's prefills.
 
     Returns:
         [tokens, channels] in x's dtype.
     """
     _check(x, weight, conv_state, plan.num_tokens)
-    return prefill(x, weight, bias, conv_state, plan)
+    y = prefill(x, weight, bias, conv_state, plan)
+    if plan.inner is not None:
+        count = weight.shape[1] - 1
+        inputs = x[plan.inner.inputs[:, -count:]].transpose(1, 2)
+        conv_state[plan.inner.slots, :, :count] = inputs.to(conv_state.dtype)
+    return y
 
 
 def causal_conv1d_step(

@@ -21,29 +21,37 @@ def empty_inputs(slots: FusedSlots, sequences: int) -> torch.Tensor:
     return slots.conv.new_empty(1 + sequences, width - 1, channels).transpose(1, 2)
 
 
-def read_slots(slots: FusedSlots, A: torch.Tensor, plan: PrefillPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each sequence has before its new tokens; `A` is [heads], fp32.
+def read_slots(slots: FusedSlots, A: torch.Tensor, plan: PrefillPlan, inputs: torch.Tensor) -> torch.Tensor:
+    """What each sequence has before its new tokens.
+
+    Args:
+        slots: not changed.
+        A: [heads], fp32.
+        plan: which slots, and how many tokens each sequence has with its new ones.
+        inputs: made by `empty_inputs`, takes those of the convolution; what it gets of a sequence that only begins is
+            undefined.
 
     Returns:
-        Inputs of the convolution as `empty_inputs` has them, undefined for a sequence that only begins, and SSM states,
-        fp32 [sequences, heads, head_dim, state], zero for those.
+        SSM states, fp32 [sequences, heads, head_dim, state], zero for sequences that only begin.
     """
     sequences, (heads, head_dim, state) = len(plan.slots), slots.ssm.shape[1:]
-    inputs = empty_inputs(slots, sequences)
     states = torch.empty(sequences, heads, head_dim, state, dtype=torch.float32, device=slots.ssm.device)
     read_kernel[_programs(slots), sequences](
         inputs, states, A, plan.slots, plan.lengths, plan.query_start_loc, plan.continues,
         *slots, *slot_strides(slots), **_constants(slots),
     )  # fmt: skip
-    return inputs, states
+    return states
 
 
-def write_slots(slots: FusedSlots, plan: PrefillPlan, inputs: torch.Tensor, states: torch.Tensor) -> None:
-    """Store what each sequence has behind its new tokens, and empty its ring.
+def write_slots(
+    slots: FusedSlots, places: torch.Tensor, lengths: torch.Tensor, inputs: torch.Tensor, states: torch.Tensor
+) -> None:
+    """Store what sequences have after some of their tokens, with empty rings.
 
     Args:
         slots: written in place.
-        plan: which slots, and how many tokens each sequence has now.
+        places: int32 [sequences], which slots; nothing is written to slot 0.
+        lengths: int32 [sequences], tokens of each sequence up to there.
         inputs: of the convolution, as `empty_inputs` lays them out and in the dtype of its slots.
         states: fp32 [sequences, heads, head_dim, state].
 
@@ -55,7 +63,7 @@ def write_slots(slots: FusedSlots, plan: PrefillPlan, inputs: torch.Tensor, stat
         raise ValueError(f"inputs {tuple(inputs.shape)} of {inputs.dtype} are not laid out as by `empty_inputs`")
     tensors = (slots.conv, slots.ssm, slots.scale, slots.ring_dt)
     write_kernel[_programs(slots), len(states)](
-        inputs, states.contiguous(), plan.slots, plan.lengths, *tensors, *slot_strides(tensors), **_constants(slots)
+        inputs, states.contiguous(), places, lengths, *tensors, *slot_strides(tensors), **_constants(slots)
     )
 
 

@@ -62,6 +62,8 @@ def write_kernel(
     """`write_slots`, likewise."""
     head, sequence = tl.program_id(0), tl.program_id(1)
     slot, length = tl.load(slots + sequence).to(tl.int64), tl.load(lengths + sequence)
+    if slot == 0:
+        return
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM + 2 * GROUPS * STATE  # of the convolution
     if head >= HEADS:
         there, here, inside = places(head - HEADS, sequence, length, WIDTH, CHANNELS, BLOCK)

@@ -32,6 +32,8 @@ def ssd_prefill(
 ) -> None:
     """Run each sequence from its slot's state (or zero), write y to `out` and the last state to the slot.
 
+    States that `plan.inner` wants go to slots of their own.
+
     Args:
         x: [tokens, heads, head_dim].
         dt: [tokens, heads], before bias, softplus and clamp to `dt_limit`.
@@ -58,7 +60,10 @@ def ssd_prefill(
     initial = None
     if plan.any_continues:
         initial = torch.where(plan.continues[:, None, None, None], ssm_state[plan.slots], 0)
-    ssm_state[plan.slots] = scan(x, dt, A, B, C, D, dt_bias, dt_limit, initial, plan, out, ssm_state.dtype)
+    states = scan(x, dt, A, B, C, D, dt_bias, dt_limit, initial, plan, out, ssm_state.dtype)
+    ssm_state[plan.slots] = states[: len(plan.slots)]
+    if plan.inner is not None:
+        ssm_state[plan.inner.slots] = states[len(plan.slots) :]
 
 
 @functools.cache

@@ -33,8 +33,8 @@ def scan(
     out: torch.Tensor,
     state_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Write y to `out`; return the last states [sequences, heads, head_dim, state]."""
-    return mamba_chunk_scan_combined_varlen(
+    """Write y to `out`; return the last states [sequences, heads, head_dim, state], behind them the inner ones."""
+    states = mamba_chunk_scan_combined_varlen(
         x,
         dt,
         A,
@@ -51,5 +51,7 @@ def scan(
         initial_states=initial,
         dt_softplus=True,
         dt_limit=dt_limit,
+        return_intermediate_states=plan.inner is not None,
         state_dtype=state_dtype,
     )
+    return states if plan.inner is None else states[plan.inner.chunks]

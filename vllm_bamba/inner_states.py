@@ -1,0 +1,94 @@
+"""States inside of prefills that are kept: where they stand, and for vLLM's metadata, which blocks take them.
+
+vLLM reserves a block for one such state of each prefill (it says "prefill checkpoint") and asks the metadata's builder
+where it is. A prompt's reusable end then costs no step of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.mamba.checkpoint import MambaPrefillCheckpointBuilder, MambaPrefillCheckpointMetadata
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadata, Mamba2AttentionMetadataBuilder
+
+from vllm_bamba.prefix.options import active
+from vllm_bamba.prefix.policy import inner_position
+
+INPUTS = 3  # of the convolution that a state needs, at most
+
+
+@dataclass
+class InnerStateMetadata(MambaPrefillCheckpointMetadata):
+    """vLLM's, and what `state.InnerStates` has beyond it."""
+
+    lengths: torch.Tensor | None = None
+    inputs: torch.Tensor | None = None
+    chunks: torch.Tensor | None = None
+
+
+class InnerStateBuilder(MambaPrefillCheckpointBuilder):
+    """With slots the state at a prefill's last unit is kept, else the one that vLLM's own caching wants."""
+
+    def build(self, m: CommonAttentionMetadata, request_rows: list[int]) -> InnerStateMetadata | None:
+        found = (self._at_last_unit if active(self.vllm_config) else super().build)(m, request_rows)
+        if found is None:
+            return None
+        assert found.offsets is not None
+        assert m.seq_lens_cpu_upper_bound is not None
+        of_query, lengths = m.query_start_loc_cpu.tolist(), m.seq_lens_cpu_upper_bound.tolist()
+        first, device = of_query[request_rows[0]], m.query_start_loc.device
+        kept, inputs = [], []
+        for row, offset in zip(request_rows, found.offsets, strict=True):
+            start, end = of_query[row] - first, of_query[row + 1] - first
+            kept.append(lengths[row] - (end - start) + offset)
+            inputs.append([max(start + offset - i, 0) for i in range(INPUTS, 0, -1)])
+        return InnerStateMetadata(
+            **{f.name: getattr(found, f.name) for f in fields(MambaPrefillCheckpointMetadata)},
+            lengths=async_tensor_h2d(kept, dtype=torch.int32, device=device),
+            inputs=async_tensor_h2d(inputs, dtype=torch.int64, device=device),
+        )
+
+    def _at_last_unit(self, m: CommonAttentionMetadata, rows: Sequence[int]) -> MambaPrefillCheckpointMetadata | None:
+        if self.vllm_config.cache_config.hash_block_size is None:  # vLLM's memory profiling
+            return None
+        assert m.seq_lens_cpu_upper_bound is not None
+        of_query, lengths = m.query_start_loc_cpu.tolist(), m.seq_lens_cpu_upper_bound.tolist()
+        unit, offsets, columns = self.kv_cache_spec.block_size, [], []
+        for row in rows:
+            start = lengths[row] - (of_query[row + 1] - of_query[row])
+            position = inner_position(start, lengths[row], unit)
+            offsets.append(position - start if position else 0)
+            columns.append(position // unit - 1)
+        if not any(offsets):
+            return None
+        to_device = partial(async_tensor_h2d, device=m.query_start_loc.device)
+        empty = MambaPrefillCheckpointMetadata(
+            checkpoint_offsets=to_device(offsets, dtype=torch.int32),
+            state_indices=m.block_table_tensor,
+            offsets=offsets,
+            request_rows=to_device(rows, dtype=torch.int64),
+            block_cols=to_device(columns, dtype=torch.int64),
+        )
+        return empty.regather_state_indices(m.block_table_tensor)
+
+
+class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
+    """vLLM's, which keeps states where `InnerStateBuilder` says."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.checkpoint_builder = InnerStateBuilder(vllm_config, kv_cache_spec)
+
+    def build(self, *args: Any, **kwargs: Any) -> Mamba2AttentionMetadata:
+        metadata = super().build(*args, **kwargs)
+        inner = metadata.checkpoint_meta
+        if not isinstance(inner, InnerStateMetadata):
+            return metadata
+        chunks = torch.cat([metadata.last_chunk_indices_p.long(), metadata.checkpoint_chunk_idx])
+        return replace(metadata, checkpoint_meta=replace(inner, chunks=chunks))

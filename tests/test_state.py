@@ -12,6 +12,7 @@ from vllm.v1.attention.selector import get_attn_backend
 from vllm_bamba.compat import state_backend
 from vllm_bamba.config import BambaShape
 from vllm_bamba.state import channels_first, mixer_shard, plan_batch, state_shapes
+from vllm_bamba.state_metadata import StateMetadataBuilder
 
 
 @pytest.fixture(params=["SD", "DS"])
@@ -162,7 +163,7 @@ def test_state_layers_report_the_attention_layers_cache_layouts() -> None:
     assert backend is again, "layers of one kind must share one backend"
     assert issubclass(backend, Mamba2AttentionBackend)
     assert backend.is_ssm()
-    assert backend.get_builder_cls() is Mamba2AttentionBackend.get_builder_cls()
+    assert backend.get_builder_cls() is StateMetadataBuilder
     assert backend.supported_kv_cache_layouts() == attention.supported_kv_cache_layouts()
     if attention.supported_kv_cache_layouts() is not None:
         assert backend.supported_kv_cache_layouts() != Mamba2AttentionBackend.supported_kv_cache_layouts()

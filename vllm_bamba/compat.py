@@ -2,7 +2,7 @@
 
 Imports of vLLM's documented building blocks (`Attention`, the linear layers, `RMSNorm`, `MambaBase`, ...) stand in the
 modules that use them; what a model outside vLLM's tree would not normally touch stands here, but for the methods that
-`prefix/managers.py`, `prefix/scheduler.py`, `inner_states.py`, `lora.py` and `linear.py` override.
+`prefix/managers.py`, `prefix/scheduler.py`, `state_metadata.py`, `lora.py` and `linear.py` override.
 
 Each was read in 0.32 and 0.33, unless it says otherwise, and run in 0.32 on CPUs and in 0.33 on GPUs.
 
@@ -14,7 +14,7 @@ operator `vllm::mamba_mixer2`
 `Mamba2AttentionMetadata`, `Mamba2AttentionMetadataBuilder`
     Slots and chunks of the batch. Goes when vLLM documents what a builder has to give.
 `MambaPrefillCheckpointBuilder`, `MambaSpec.num_prefill_checkpoint_blocks`, `MambaManager._needs_internal_checkpoint`
-    A state inside of a prefill is kept without a step of its own: see `inner_states.py`. Goes with the slots; vLLM's
+    A state inside of a prefill is kept without a step of its own: see `state_metadata.py`. Goes with the slots; vLLM's
     own caching needs the first two of any mixer.
 `vllm.model_executor.layers.mamba.ops`
     The operators underneath ours. Goes operator by operator, as each gets a kernel of its own.
@@ -207,7 +207,7 @@ def fix_launches(launches: Mapping[str, Mapping[str, int]], *modules: ModuleType
 def state_backend(head_dim: int, dtype: torch.dtype, kv_cache_dtype: str | None) -> type[AttentionBackend]:
     """vLLM's Mamba-2 metadata backend, with the KV-cache layouts of the attention backend that serves this model.
 
-    Its builder is `inner_states.StateMetadataBuilder`.
+    Its builder is `state_metadata.StateMetadataBuilder`.
 
     On vLLM 0.32 and 0.33 every worker reports the layouts that its backends support and all lists must be equal. A
     pipeline stage of Mamba layers alone would report every layout and the engine would not start ("Workers disagree
@@ -241,7 +241,7 @@ def align_blocks(vllm_config: VllmConfig, states: type[AttentionBackend]) -> Non
 
 @functools.cache
 def _state_backend(of_attention: type[AttentionBackend]) -> type[AttentionBackend]:
-    from vllm_bamba.inner_states import StateMetadataBuilder
+    from vllm_bamba.state_metadata import StateMetadataBuilder
 
     class BambaStateBackend(Mamba2AttentionBackend):
         attention = of_attention

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -21,6 +21,7 @@ from vllm_bamba.compat import align_blocks, mix_opaquely, state_backend
 from vllm_bamba.config import BambaShape
 from vllm_bamba.mixing import FusedMixing, Mixing, OperatorMixing
 from vllm_bamba.ops.gated_norm import divide_later, gated_rms_norm
+from vllm_bamba.prefill_graphs import PrefillGraphs, lone_prefill
 from vllm_bamba.prefix.options import state_spec
 from vllm_bamba.sharding import MixerShard, scaled
 from vllm_bamba.state import mixer_shard, plan_batch
@@ -150,6 +151,8 @@ class BambaMixer(nn.Module, MambaBase):
         layers[prefix] = self
         self.kv_cache = (torch.tensor([]), torch.tensor([]))  # vLLM binds the state tensors
         self.backend = state_backend(shape.head_dim, self.model_config.dtype, vllm_config.cache_config.cache_dtype)
+        self.lone_slots: torch.Tensor | None = None  # set where prefills may be graphs
+        self.graphs = PrefillGraphs(self.mixing.prefill)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> [tokens, hidden]."""
@@ -169,7 +172,11 @@ class BambaMixer(nn.Module, MambaBase):
         Called by `mix_opaquely`, which fixes the names. Decode tokens come first, then prefill tokens, then, in a
         padded batch, rows of no token.
         """
-        batch = get_forward_context().attn_metadata
+        context = get_forward_context()
+        batch, captured = context.attn_metadata, False
+        if self.lone_slots is not None and context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
+            plan = lone_prefill(self.shape.chunk_size, output.device)
+            captured = self.graphs.capture(projected_states, output, plan, self.lone_slots, self.kv_cache[1])
         metadata = batch.get(self.prefix) if batch is not None else None
         if metadata is None:  # vLLM's memory profiling: no states yet
             self.mixing.warm_up(projected_states)
@@ -183,7 +190,9 @@ class BambaMixer(nn.Module, MambaBase):
         if prefill is not None:
             rows = slice(end, end + prefill.num_tokens)
             end = rows.stop
-            self.mixing.prefill(projected_states[rows], prefill, output[rows])
+            lone = None if captured else metadata.lone_slots  # what describes it was used to make graphs
+            if lone is None or not self.graphs.run(projected_states[rows], lone, output[rows]):
+                self.mixing.prefill(projected_states[rows], prefill, output[rows])
         output[end:].zero_()  # padding: a NaN there would reach all rows through a dynamic fp8 scale
 
     # what vLLM's state manager asks

@@ -141,7 +141,7 @@ def plan_batch(metadata: Mamba2AttentionMetadata) -> tuple[DecodePlan | None, Pr
 
 
 def _inner_states(metadata: Mamba2AttentionMetadata) -> InnerStates | None:
-    """Those that the metadata's builder, `inner_states.StateMetadataBuilder`, found."""
+    """Those that the metadata's builder, `state_metadata.StateMetadataBuilder`, found."""
     inner: Any = metadata.checkpoint_meta
     if inner is None:
         return None

@@ -13,7 +13,10 @@ from parity import (
     save_random,
 )
 from traffic import traffic
+from transformers import AutoConfig
 from vllm.compilation.monitor import set_cudagraph_capturing_enabled
+
+from vllm_bamba.prefill_graphs import PrefillGraphs
 
 pytestmark = pytest.mark.gpu
 
@@ -136,6 +139,21 @@ def test_what_is_found_in_the_prefix_cache_equals_transformers(step, tiny):
         seen += [ask(first[:250] + second), ask(first[:250] + third)]
     assert [cached for _, cached in seen] == [0, 288, 320, 0, 240]
     check_low_precision([answer for answer, _ in seen], *references(tiny))
+
+
+@each_step
+def test_lone_prompts_whose_prefills_are_graphs_equal_transformers(step, tiny, monkeypatch):
+    run, seen = PrefillGraphs.run, []
+    monkeypatch.setattr(PrefillGraphs, "run", lambda *given: seen.append(run(*given)) or seen[-1])
+    prompts = random_prompts([1, 2, 31, 32, 33, 100, 129, 300, 400, 700], vocabulary=1024)
+    options = DEFAULTS | {"max_model_len": 1024, "additional_config": step | {"bamba_prefix_slots": True}}
+    with Engine(tiny, **options) as engine:
+        answers = [engine.answers([prompt], 5, prompt_logprobs=False)[0] for prompt in prompts]
+        of_one = len(seen) / (len(prompts) - 1)  # the last one is too long
+        again = [engine.answers([[*prompt, 7, 8, 9]], 5, prompt_logprobs=False)[0] for prompt in prompts]
+    assert all(seen)
+    assert of_one == sum(layer == "mamba" for layer in AutoConfig.from_pretrained(tiny).layers_block_type)
+    check_low_precision(answers + again, *references(tiny))
 
 
 def check_random_traffic(step, path, blocks=110, **options):

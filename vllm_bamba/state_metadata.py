@@ -1,7 +1,9 @@
-"""States inside of prefills that are kept: where they stand, and for vLLM's metadata, which blocks take them.
+"""vLLM's description of a batch for Mamba layers, and what it lacks for ours.
 
-vLLM reserves a block for one such state of each prefill (it says "prefill checkpoint") and asks the metadata's builder
-where it is. A prompt's reusable end then costs no step of its own.
+*States inside of prefills.* vLLM reserves a block for one such state of each prefill (it says "prefill checkpoint") and
+asks the metadata's builder where it is. A prompt's reusable end then costs no step of its own.
+
+*A lone prefill* of few tokens is described at fixed addresses as well, for `prefill_graphs`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadata, Mamba2AttentionMetadataBuilder
 
+from vllm_bamba.prefill_graphs import lone_prefill
 from vllm_bamba.prefix.options import active
 from vllm_bamba.prefix.policy import inner_position
 
@@ -78,17 +81,56 @@ class InnerStateBuilder(MambaPrefillCheckpointBuilder):
         return empty.regather_state_indices(m.block_table_tensor)
 
 
+@dataclass
+class StateMetadata(Mamba2AttentionMetadata):
+    """vLLM's.
+
+    Attributes:
+        lone_slots: int32 [2], the slots of a lone prefill and of the state inside of it, 0 where none is kept; always
+            the same tensor. None for other batches.
+    """
+
+    lone_slots: torch.Tensor | None = None
+
+
 class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
-    """vLLM's, which keeps states where `InnerStateBuilder` says."""
+    """vLLM's, which keeps states where `InnerStateBuilder` says and describes lone prefills for graphs."""
+
+    metadata_cls = StateMetadata
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.checkpoint_builder = InnerStateBuilder(vllm_config, kv_cache_spec)
+        self.lone = None
+        if device.type == "cuda" and vllm_config.speculative_config is None:
+            self.lone = lone_prefill(self.chunk_size, device)
+            self.lone_slots = torch.zeros(2, dtype=torch.int32, device=device)
+            self._no_slot = torch.zeros(1, dtype=torch.int32, device=device)
+            for name in layer_names:
+                vllm_config.compilation_config.static_forward_context[name].lone_slots = self.lone_slots
 
-    def build(self, *args: Any, **kwargs: Any) -> Mamba2AttentionMetadata:
-        metadata = super().build(*args, **kwargs)
+    def build(self, common_prefix_len: int, m: CommonAttentionMetadata, *args: Any, **kwargs: Any) -> StateMetadata:
+        metadata = super().build(common_prefix_len, m, *args, **kwargs)
         inner = metadata.checkpoint_meta
-        if not isinstance(inner, InnerStateMetadata):
+        if isinstance(inner, InnerStateMetadata):
+            chunks = torch.cat([metadata.last_chunk_indices_p.long(), metadata.checkpoint_chunk_idx])
+            inner = replace(inner, chunks=chunks)
+            metadata = replace(metadata, checkpoint_meta=inner)
+        if self.lone is None or metadata.num_prefills != 1 or metadata.num_prefill_tokens > self.lone.most:
             return metadata
-        chunks = torch.cat([metadata.last_chunk_indices_p.long(), metadata.checkpoint_chunk_idx])
-        return replace(metadata, checkpoint_meta=replace(inner, chunks=chunks))
+        assert m.seq_lens_cpu_upper_bound is not None
+        tokens = metadata.num_prefill_tokens
+        start = int(m.seq_lens_cpu_upper_bound[metadata.num_reqs - 1]) - tokens
+        self.lone.fill(start, tokens, inner.offsets[0] if inner is not None else 0)
+        return self._with_lone_slots(metadata)
+
+    def update_block_table(self, metadata: StateMetadata, *args: Any, **kwargs: Any) -> StateMetadata:
+        """The same batch for another group of layers."""
+        of_group = super().update_block_table(metadata, *args, **kwargs)
+        return of_group if metadata.lone_slots is None else self._with_lone_slots(of_group)
+
+    def _with_lone_slots(self, metadata: StateMetadata) -> StateMetadata:
+        inner = metadata.checkpoint_meta
+        kept = self._no_slot if inner is None else inner.state_indices
+        torch.cat([metadata.state_indices_tensor_p, kept], out=self.lone_slots)
+        return replace(metadata, lone_slots=self.lone_slots)

@@ -203,15 +203,17 @@ def serve(pipe: Connection, options: dict[str, Any]) -> None:
 
 def columns(config: Any) -> dict[str, str]:
     """Columns of the result rows that the engine's own configuration decides."""
+    from vllm_bamba.config import BambaShape
     from vllm_bamba.prefix.options import active
     from vllm_bamba.state import state_dtypes
     from vllm_bamba.step_options import StepOptions
 
+    shape = BambaShape.from_hf(config.model_config.hf_config)
     cache, compilation = config.cache_config, config.compilation_config
     mode = cache.mamba_cache_mode if cache.enable_prefix_caching else "none"
     of_state = state_dtypes(config.model_config.dtype, cache)[1]
     return {
-        "state_dtype": dtype_name(StepOptions.of(config).eight_bits or of_state),
+        "state_dtype": dtype_name(StepOptions.of(config, shape).eight_bits or of_state),
         "cache_mode": "slots" if active(config) else mode,
         "details": f"compilation {compilation.mode.name.lower()}; "
         f"CUDA graphs {compilation.cudagraph_mode.name.lower()}",

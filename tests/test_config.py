@@ -12,7 +12,7 @@ from transformers.models.bamba import modeling_bamba
 
 from vllm_bamba import compat
 from vllm_bamba.config import NO_TIME_STEP_LIMIT, BambaServingConfig, BambaShape
-from vllm_bamba.step_options import check_step
+from vllm_bamba.step_options import StepOptions, check_step
 
 SMALL = {
     "vocab_size": 320,
@@ -257,10 +257,15 @@ def engine(**changes: object) -> SimpleNamespace:
         "lora": None,
         "state_dtype": "auto",
         "eager": False,
+        "quantization": None,
+        "connector": None,
     } | changes
     return SimpleNamespace(
         model_config=SimpleNamespace(
-            hf_config=values["hf_config"], model=values["model"], enforce_eager=values["eager"]
+            hf_config=values["hf_config"],
+            model=values["model"],
+            enforce_eager=values["eager"],
+            quantization=values["quantization"],
         ),
         parallel_config=SimpleNamespace(tensor_parallel_size=values["tensor"]),
         load_config=SimpleNamespace(load_format="auto"),
@@ -271,6 +276,7 @@ def engine(**changes: object) -> SimpleNamespace:
         additional_config={},
         speculative_config=values["speculative"],
         lora_config=values["lora"],
+        kv_transfer_config=values["connector"],
     )
 
 
@@ -344,3 +350,29 @@ def test_a_convolution_of_width_2_on_a_gpu_is_served_by_the_fused_step_only(monk
     with pytest.raises(ValueError, match=r"mamba_d_conv = 2.*cannot be used here: speculative decoding"):
         check_step(engine(speculative=object()), shape)
     check_step(config, BambaShape.from_hf(raw(mamba_d_conv=3)))
+
+
+@pytest.mark.parametrize(
+    ("why", "capability", "changes"),
+    [
+        ("", (9, 0), {}),
+        ("another GPU", (8, 0), {}),
+        ("a CPU", None, {}),
+        ("quantised", (9, 0), {"quantization": "fp8"}),
+        ("drafts", (9, 0), {"speculative": object()}),
+        ("blocks go to other engines", (9, 0), {"connector": object()}),
+        ("a head of 24", (9, 0), {"hf_config": raw(mamba_d_head=24, mamba_n_heads=16, hidden_size=192)}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_fused_step_is_the_default_where_it_was_shown(
+    why: str, capability: tuple[int, int] | None, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform = type(compat.current_platform)
+    monkeypatch.setattr(platform, "is_cuda", lambda self: capability is not None)
+    monkeypatch.setattr(platform, "is_device_capability", classmethod(lambda cls, asked: asked == capability))
+    config = engine(**changes)
+    shape = BambaShape.from_hf(config.model_config.hf_config)
+    assert StepOptions.of(config, shape).fused is not bool(why)
+    config.additional_config = {"bamba_fused_step": False}
+    assert not StepOptions.of(config, shape).fused

@@ -264,7 +264,7 @@ class BambaForCausalLM(
             self.lm_head = PPMissingLayer()
         self.logits_processor = LogitsProcessor(self.shape.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
-        if StepOptions.of(vllm_config).fused:
+        if StepOptions.of(vllm_config, self.shape).fused:
             from vllm_bamba.linear import use_skinny_products
 
             use_skinny_products(self, vllm_config)

@@ -19,7 +19,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_bamba.state import InnerStates, PrefillPlan
 
-SIZES = (32, 64, 128, 256, 512)  # tokens; longer prefills keep a GPU busy
+SIZES = (32, 64, 128, 256, 512, 1024)  # tokens; longer prefills keep a GPU busy
 CONV_BLOCK = 8  # tokens of a program of vLLM's convolution
 NOTHING = -1  # what such a program has to do where the sequence has ended
 ALIGNMENT = 4  # words: kernels need not be made again for other addresses

@@ -4,12 +4,12 @@ Options of the engine, in vLLM's `additional_config`:
 
 | key | default | meaning |
 |---|---|---|
-| `bamba_fused_step` | false | decode with kernels of our own instead of vLLM's operators |
+| `bamba_fused_step` | see below | decode with kernels of our own instead of vLLM's operators |
 | `bamba_replay` | 16 | tokens after which a state is written; 0: after every one. One of 0, 8, 16, 32 |
 | `bamba_state_dtype` | as `--mamba-ssm-cache-dtype` | `"int8"`, `"fp8"` (e4m3): 8 bits, scaled by channel |
 
-The step is off unless asked for: it takes less of a GPU, but by the clock of whole engines that has been shown for
-small batches only, and prompts took longer with it.
+The step is on by default on the GPUs that its tests and its tables are from, compute capability 9.0, unless the
+checkpoint is quantised, tokens are drafted or blocks go to other engines. Elsewhere it can be asked for.
 """
 
 from __future__ import annotations
@@ -41,15 +41,17 @@ class StepOptions:
     eight_bits: torch.dtype | None = None
 
     @classmethod
-    def of(cls, vllm_config: VllmConfig) -> StepOptions:
-        """Read and check.
+    def of(cls, vllm_config: VllmConfig, shape: BambaShape) -> StepOptions:
+        """Read and check; what is not said is decided by GPU and model.
 
         Raises:
             ValueError: an option has a value that makes no sense.
         """
         given: dict[str, Any] = vllm_config.additional_config if isinstance(vllm_config.additional_config, dict) else {}
-        fused, replay = given.get("bamba_fused_step", cls.fused), given.get("bamba_replay", cls.replay)
+        fused, replay = given.get("bamba_fused_step"), given.get("bamba_replay", cls.replay)
         dtype = given.get("bamba_state_dtype")
+        if fused is None:
+            fused = _is_best(vllm_config, shape)
         if not isinstance(fused, bool):
             raise ValueError(f"additional_config: bamba_fused_step is {fused!r}, expected true or false.")
         if replay not in REPLAYS or isinstance(replay, bool):
@@ -64,10 +66,21 @@ class StepOptions:
         return cls(fused, replay, EIGHT_BITS[dtype] if dtype else None)
 
 
+def _is_best(vllm_config: VllmConfig, shape: BambaShape) -> bool:
+    """Whether the fused step can serve, and was shown to be right and fast here."""
+    return (
+        current_platform.is_cuda()
+        and current_platform.is_device_capability((9, 0))
+        and vllm_config.model_config.quantization is None
+        and vllm_config.kv_transfer_config is None
+        and _obstacle(vllm_config, shape) is None
+    )
+
+
 def check_step(vllm_config: VllmConfig, shape: BambaShape) -> None:
     """Raise ValueError where the fused step is asked for and cannot serve, or vLLM's own was wrong."""
-    options = StepOptions.of(vllm_config)
-    obstacle = _obstacle(vllm_config, shape, options)
+    options = StepOptions.of(vllm_config, shape)
+    obstacle = _obstacle(vllm_config, shape, options.eight_bits)
     if options.fused and obstacle:
         raise ValueError(f"additional_config: bamba_fused_step cannot be used here: {obstacle}. Leave it out.")
     if not options.fused and shape.conv_width == 2 and current_platform.is_cuda():
@@ -78,7 +91,7 @@ def check_step(vllm_config: VllmConfig, shape: BambaShape) -> None:
         )
 
 
-def _obstacle(vllm_config: VllmConfig, shape: BambaShape, options: StepOptions) -> str | None:
+def _obstacle(vllm_config: VllmConfig, shape: BambaShape, eight_bits: torch.dtype | None = None) -> str | None:
     """What the fused step cannot do."""
     sizes = {"mamba_d_head": shape.mamba_head_dim, "mamba_d_state": shape.mamba_state}
     odd = [
@@ -88,7 +101,7 @@ def _obstacle(vllm_config: VllmConfig, shape: BambaShape, options: StepOptions) 
     ]
     reasons = {
         " and ".join(odd): bool(odd),
-        "fp8 states need a GPU of compute capability 8.9 or later": options.eight_bits == torch.float8_e4m3fn
+        "fp8 states need a GPU of compute capability 8.9 or later": eight_bits == torch.float8_e4m3fn
         and current_platform.is_cuda()
         and not current_platform.has_device_capability(89),
         "speculative decoding takes tokens back": vllm_config.speculative_config is not None,
@@ -99,7 +112,7 @@ def _obstacle(vllm_config: VllmConfig, shape: BambaShape, options: StepOptions) 
 
 def slot_format(vllm_config: VllmConfig, shape: BambaShape) -> SlotFormat | None:
     """How slots are laid out for the fused step; None where vLLM's operators take it."""
-    options = StepOptions.of(vllm_config)
+    options = StepOptions.of(vllm_config, shape)
     if not options.fused:
         return None
     cache, dtype = vllm_config.cache_config, vllm_config.model_config.dtype

@@ -87,7 +87,8 @@ def test_graphs_do_what_the_layer_does() -> None:
     plain, graphed = Layer(), Layer()
     of_all = slots(0)
     plan, graphs = LonePrefill(CHUNK, DEVICE), PrefillGraphs(graphed.prefill)
-    given, output = randn(7, 600, CHANNELS + HEADS), torch.empty(600, HEADS * HEAD_DIM, device=DEVICE)
+    longer = SIZES[-1] + 1
+    given, output = randn(7, longer, CHANNELS + HEADS), torch.empty(longer, HEADS * HEAD_DIM, device=DEVICE)
     before = graphed.conv.clone(), graphed.ssm.clone()
     assert graphs.capture(given, output, plan, of_all, graphed.ssm)
     assert not graphs.capture(given, output, plan, of_all, graphed.ssm)

@@ -16,7 +16,10 @@ from traffic import traffic
 from transformers import AutoConfig
 from vllm.compilation.monitor import set_cudagraph_capturing_enabled
 
+from vllm_bamba.config import BambaShape
 from vllm_bamba.prefill_graphs import PrefillGraphs
+from vllm_bamba.prefix.options import active
+from vllm_bamba.step_options import StepOptions
 
 pytestmark = pytest.mark.gpu
 
@@ -141,18 +144,28 @@ def test_what_is_found_in_the_prefix_cache_equals_transformers(step, tiny):
     check_low_precision([answer for answer, _ in seen], *references(tiny))
 
 
+def test_what_nobody_asked_for_is_the_fused_step_with_prefix_slots(tiny):
+    prompts = random_prompts([1, 50, 300], vocabulary=1024)
+    with Engine(tiny, **DEFAULTS) as engine:
+        config = engine.llm.llm_engine.vllm_config
+        assert StepOptions.of(config, BambaShape.from_hf(config.model_config.hf_config)).fused
+        assert active(config)
+        answers = engine.answers(prompts, 16)
+    check_low_precision(answers, *references(tiny))
+
+
 @each_step
 def test_lone_prompts_whose_prefills_are_graphs_equal_transformers(step, tiny, monkeypatch):
     run, seen = PrefillGraphs.run, []
     monkeypatch.setattr(PrefillGraphs, "run", lambda *given: seen.append(run(*given)) or seen[-1])
-    prompts = random_prompts([1, 2, 31, 32, 33, 100, 129, 300, 400, 700], vocabulary=1024)
-    options = DEFAULTS | {"max_model_len": 1024, "additional_config": step | {"bamba_prefix_slots": True}}
+    prompts = random_prompts([1, 2, 31, 32, 33, 100, 129, 300, 700, 1100], vocabulary=1024)
+    options = DEFAULTS | {"max_model_len": 1200, "additional_config": step | {"bamba_prefix_slots": True}}
     with Engine(tiny, **options) as engine:
         answers = [engine.answers([prompt], 5, prompt_logprobs=False)[0] for prompt in prompts]
         of_one = len(seen) / (len(prompts) - 1)  # the last one is too long
         again = [engine.answers([[*prompt, 7, 8, 9]], 5, prompt_logprobs=False)[0] for prompt in prompts]
     assert all(seen)
-    assert of_one == sum(layer == "mamba" for layer in AutoConfig.from_pretrained(tiny).layers_block_type)
+    assert of_one == AutoConfig.from_pretrained(tiny).layers_block_type.count("linear_attention")
     check_low_precision(answers + again, *references(tiny))
 
 

@@ -4,10 +4,8 @@ Options of the engine, in vLLM's `additional_config` (`--additional-config '{"ba
 
 | key | default | meaning |
 |---|---|---|
-| `bamba_prefix_slots` | on CPUs true | false: vLLM's own caching, in steps of the attention block (528 tokens for 9B) |
+| `bamba_prefix_slots` | true | false: vLLM's own caching, in steps of the attention block (528 tokens for 9B) |
 | `bamba_prefix_share` | 0.75 | the largest part of the cache that slots may take; requests that run come first anyway |
-
-Not all of the slots' tests have passed on a GPU yet: there they are off unless the option is set.
 
 vLLM's `--prefix-match-unit` sets the distance of slots in tokens, 16 by default. An answer is copied once per unit.
 
@@ -25,8 +23,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
-
-from vllm.platforms import current_platform
 
 from vllm_bamba.prefix.chat import KEY
 from vllm_bamba.prefix.policy import UNIT
@@ -62,7 +58,7 @@ class SlotOptions:
         unknown = sorted(k for k in given if k.startswith("bamba_") and k not in known)
         if unknown:
             raise ValueError(f"additional_config: {', '.join(unknown)} unknown, there are {', '.join(known)}.")
-        on = given.get("bamba_prefix_slots", current_platform.is_cpu())
+        on = given.get("bamba_prefix_slots", cls.on)
         share = given.get("bamba_prefix_share", cls.share)
         if not isinstance(on, bool):
             raise ValueError(f"additional_config: bamba_prefix_slots is {on!r}, expected true or false.")

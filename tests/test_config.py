@@ -12,7 +12,7 @@ from transformers.models.bamba import modeling_bamba
 
 from vllm_bamba import compat
 from vllm_bamba.config import NO_TIME_STEP_LIMIT, BambaServingConfig, BambaShape
-from vllm_bamba.step_options import StepOptions, check_step
+from vllm_bamba.step_options import StepOptions
 
 SMALL = {
     "vocab_size": 320,
@@ -338,18 +338,6 @@ def test_adapters_are_refused_only_where_torch_compile_pads_in_proj(
     BambaServingConfig.verify_and_update_config(engine(hf_config=of_the_9b, lora=adapters, tensor=16))
     with pytest.raises(ValueError, match="in_proj has 772 rows on each rank"):
         BambaServingConfig.verify_and_update_config(engine(hf_config=of_the_9b, lora=adapters, tensor=32))
-
-
-def test_a_convolution_of_width_2_on_a_gpu_is_served_by_the_fused_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = BambaShape.from_hf(raw(mamba_d_conv=2))
-    config = engine()
-    check_step(config, shape)
-    monkeypatch.setattr(type(compat.current_platform), "is_cuda", lambda self: True)
-    with pytest.raises(ValueError, match=r"mamba_d_conv = 2.*bamba_fused_step"):
-        check_step(config, shape)
-    with pytest.raises(ValueError, match=r"mamba_d_conv = 2.*cannot be used here: speculative decoding"):
-        check_step(engine(speculative=object()), shape)
-    check_step(config, BambaShape.from_hf(raw(mamba_d_conv=3)))
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,12 @@ CONFIGURATIONS = {
     "no_attention_layer": {"attn_layer_indices": []},
     "conv_width_2": {"mamba_d_conv": 2},
     "chunks_of_256": {"mamba_chunk_size": 256},
-    "sums_long_enough_for_skinny_products": {"hidden_size": 512, "intermediate_size": 1024, "mamba_n_heads": 16},
+    "sums_long_enough_for_skinny_products": {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "mamba_n_heads": 16,
+        "num_attention_heads": 16,
+    },
 }
 
 
@@ -63,7 +68,6 @@ def references(path: str) -> tuple[Reference, Reference]:
         pytest.param(STEPS[step], changes, id=f"{step}-{name}")
         for step in ("vllm_step", "fused_step")
         for name, changes in CONFIGURATIONS.items()
-        if (step, name) != ("vllm_step", "conv_width_2")  # is refused: `tests/test_config.py`
     ],
 )
 def test_small_configurations_equal_transformers(step, changes, tmp_path):

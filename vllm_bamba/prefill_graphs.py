@@ -124,9 +124,12 @@ def lone_prefill(chunk_size: int, device: torch.device) -> LonePrefill:
 
 
 @cache
-def _shared_pool(device: torch.device) -> tuple[int, int]:
-    """Memory for what all graphs work with in between: they run one after the other."""
-    return torch.cuda.graph_pool_handle()
+def _shared_pool(device: torch.device) -> tuple[tuple[int, int], torch.cuda.Stream]:
+    """Memory for what all graphs work with in between: they run one after the other. And the stream they are made on.
+
+    What is free in a pool is given out to the same stream only.
+    """
+    return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
 
 @cache
@@ -162,7 +165,7 @@ class PrefillGraphs:
             return False
         self._graphs.clear()
         given, made = self._buffers(projected, output)
-        stream = torch.cuda.Stream()
+        pool, stream = _shared_pool(projected.device)
         for size in SIZES:
             plan.fill(0, size)
             call = (given[:size], plan.plan(size, slots), made[:size])
@@ -170,7 +173,7 @@ class PrefillGraphs:
             graph = torch.cuda.CUDAGraph()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                graph.capture_begin(pool=_shared_pool(projected.device), capture_error_mode="thread_local")
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     self._prefill(*call)
                 finally:

@@ -16,6 +16,9 @@ operator `vllm::mamba_mixer2`
 `MambaPrefillCheckpointBuilder`, `MambaSpec.num_prefill_checkpoint_blocks`, `MambaManager._needs_internal_checkpoint`
     A state inside of a prefill is kept without a step of its own: see `state_metadata.py`. Goes with the slots; vLLM's
     own caching needs the first two of any mixer.
+`ForwardContext.cudagraph_runtime_mode`, `update_block_table`, `nums_dict` of `causal_conv1d_fn`'s metadata
+    Short prefills are graphs of each mixer, captured when vLLM captures its piecewise ones and described at addresses
+    that stay: see `prefill_graphs.py`. Goes when vLLM's own graphs of prefills take mixers in.
 `vllm.model_executor.layers.mamba.ops`
     The operators underneath ours. Goes operator by operator, as each gets a kernel of its own.
 `configs`, `cache` and `cache_results` of its autotuned scan kernels (Triton 3.6 and 3.9)
@@ -46,6 +49,8 @@ the same, and `MambaManager.cache_blocks`
     Steps that are not run, caches that are emptied. Goes with the slots.
 `KVCacheManager.allocate_slots`, `.cache_blocks`, `.remove_skipped_blocks`, `Request.num_in_flight_tokens`
     Groups are asked only when they have something to do. Goes when vLLM does not ask each of them for each token.
+`KVCacheManager.estimate_cached_tokens`
+    Looks at a text's last blocks only, before its first token. Goes when vLLM's does.
 `KVCacheSpecRegistry`
     Cache managers of our own; registering is vLLM's way.
 `BlockPool`: its queue, its keys, `get_new_blocks`

@@ -227,6 +227,23 @@ def test_an_answer_has_its_groups_asked_once_a_unit(asynchronous: bool, monkeypa
     assert len(asked) <= 2 * (320 // 16 + 2)  # where a block begins and where a state is kept
 
 
+def test_cached_tokens_are_estimated_as_vllm_does() -> None:
+    engine, seen = Simulator(), []
+    manager = engine.scheduler.kv_cache_manager
+    for length in (300, 700, 1500):
+        for resent in range(2):
+            engine.ask(text(1, length))
+            engine.add(text(1, length) + text(2 + resent, 100), answer=20)
+            for _ in range(20):
+                engine.step()
+                for request in engine.scheduler.running:
+                    seen.append(manager.estimate_cached_tokens(request))
+                    assert seen[-1] == type(manager).estimate_cached_tokens(manager, request)
+            engine.finish()
+    assert max(seen) >= 1584
+    assert min(seen) == 0
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_prompts_end_costs_no_step_of_its_own(asynchronous: bool) -> None:
     engine = Simulator(asynchronous=asynchronous)

@@ -171,7 +171,7 @@ class BambaAttentionManager(FullAttentionManager):
 
 
 class OnlyWhereDue:
-    """Has vLLM go through all groups for a request only in the steps in which one of them has something to do.
+    """Has vLLM go through all groups, and all blocks, of a request only where there is something to do.
 
     vLLM asks every group, for every token, what to allocate, what to give back and what to key. The answer is
     "nothing" until the request passes a multiple of `grain` tokens, as an answer does in one step of sixteen.
@@ -183,6 +183,7 @@ class OnlyWhereDue:
         self._allocate, self._cache = manager.allocate_slots, manager.cache_blocks
         manager.allocate_slots = self.allocate_slots  # type: ignore[method-assign]
         manager.cache_blocks = self.cache_blocks  # type: ignore[method-assign]
+        manager.estimate_cached_tokens = self.estimate_cached_tokens  # type: ignore[method-assign]
 
     def allocate_slots(
         self, request: Request, num_new_tokens: int, num_new_computed_tokens: int = 0, **more: Any
@@ -208,6 +209,12 @@ class OnlyWhereDue:
         place = self.slots.places.get(request.request_id)
         if place is None or place.keyed != num_computed_tokens // self.grain:
             self._cache(request, num_computed_tokens)
+
+    def estimate_cached_tokens(self, request: Request) -> int:
+        """As vLLM's, which looks at all blocks: the tokens up to which each group has a key, at the first token."""
+        groups = self.manager.get_blocks(request.request_id).blocks
+        keyed = ((block.block_hash_num_tokens for block in reversed(blocks) if block.block_hash) for blocks in groups)
+        return min(next(of_group, None) or 0 for of_group in keyed)
 
 
 register_manager(BambaStateSpec, BambaStateManager, MambaSpec)

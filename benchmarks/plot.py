@@ -134,7 +134,7 @@ def speed_up(axes: Axes, rows: pd.DataFrame) -> bool:
 def _speed_up_label(row: pd.Series) -> str:
     work = [] if pd.isna(row.batch) else [f"batch {float(row.batch):g}"]
     if pd.notna(row.prompt_tokens):
-        work.append(f"{row.prompt_tokens} tokens")
+        work.append(f"{float(row.prompt_tokens):g} tokens")
     who = "" if row.variant == "vllm_bamba" else f"{row.variant}: "
     return f"{who}{row['case']}, {', '.join(work)}, over {row.other}"
 
@@ -163,6 +163,19 @@ def prefill(axes: Axes, rows: pd.DataFrame) -> bool:
     axes.set(xlabel="prompt, tokens", ylabel="prefill, tokens/s")
     axes.set_title(f"Prefill throughput, batch {rows.batch.min():g}")
     return lines(axes, rows, "prompt_tokens")
+
+
+def decode(axes: Axes, rows: pd.DataFrame) -> bool:
+    """Tokens a second of whole engines by the clock, below what the bytes allow."""
+    rows = numbers(rows[(rows.benchmark == "bench_decode") & (rows.metric == "decode_step")], "batch")
+    rows = rows[rows.batch.duplicated(keep=False)]  # of a batch with nothing to compare there is nothing to see
+    if (rows.variant == "floor").all():
+        return False
+    slow, fast = (pd.to_numeric(rows[c], errors="coerce") for c in ("high", "low"))
+    of_step = 1e3 * rows.batch
+    axes.set(xlabel="batch", ylabel="tokens/s", yscale="log")
+    axes.set_title("Decode by the clock; floor: with bf16 states written every step")
+    return lines(axes, rows.assign(value=of_step / rows.value, low=of_step / slow, high=of_step / fast), "batch")
 
 
 def decode_kernels(axes: Axes, rows: pd.DataFrame) -> bool:
@@ -224,6 +237,7 @@ PLOTS: dict[str, Callable[[Axes, pd.DataFrame], bool]] = {
     "speed_up": speed_up,
     "ttft_shared_prefix": shared_prefix,
     "prefill": prefill,
+    "decode": decode,
     "decode_kernels": decode_kernels,
     "decode_operator": decode_operator,
     "startup": startup,

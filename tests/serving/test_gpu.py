@@ -162,7 +162,7 @@ def test_what_nobody_asked_for_is_the_fused_step_with_prefix_slots(tiny):
 def test_lone_prompts_whose_prefills_are_graphs_equal_transformers(step, tiny, monkeypatch):
     run, seen = PrefillGraphs.run, []
     monkeypatch.setattr(PrefillGraphs, "run", lambda *given: seen.append(run(*given)) or seen[-1])
-    prompts = random_prompts([1, 2, 31, 32, 33, 100, 129, 300, 700, 1100], vocabulary=1024)
+    prompts = random_prompts([1, 31, 33, 129, 700, 1100], vocabulary=1024)
     options = DEFAULTS | {"max_model_len": 1200, "additional_config": step | {"bamba_prefix_slots": True}}
     with Engine(tiny, **options) as engine:
         answers = [engine.answers([prompt], 5, prompt_logprobs=False)[0] for prompt in prompts]

@@ -21,7 +21,7 @@ from vllm_bamba.compat import align_blocks, mix_opaquely, state_backend
 from vllm_bamba.config import BambaShape
 from vllm_bamba.mixing import FusedMixing, Mixing, OperatorMixing
 from vllm_bamba.ops.gated_norm import divide_later, gated_rms_norm
-from vllm_bamba.prefill_graphs import PrefillGraphs, lone_prefill
+from vllm_bamba.prefill_graphs import LonePrefill, PrefillGraphs
 from vllm_bamba.prefix.options import state_spec
 from vllm_bamba.sharding import MixerShard, scaled
 from vllm_bamba.state import mixer_shard, plan_batch
@@ -151,7 +151,8 @@ class BambaMixer(nn.Module, MambaBase):
         layers[prefix] = self
         self.kv_cache = (torch.tensor([]), torch.tensor([]))  # vLLM binds the state tensors
         self.backend = state_backend(shape.head_dim, self.model_config.dtype, vllm_config.cache_config.cache_dtype)
-        self.lone_slots: torch.Tensor | None = None  # set where prefills may be graphs
+        self.lone: LonePrefill | None = None  # the metadata's builder sets both where prefills may be graphs
+        self.lone_slots = torch.tensor([])
         self.graphs = PrefillGraphs(self.mixing.prefill)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -174,9 +175,8 @@ class BambaMixer(nn.Module, MambaBase):
         """
         context = get_forward_context()
         batch, captured = context.attn_metadata, False
-        if self.lone_slots is not None and context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
-            plan = lone_prefill(self.shape.chunk_size, output.device)
-            captured = self.graphs.capture(projected_states, output, plan, self.lone_slots, self.kv_cache[1])
+        if self.lone is not None and context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
+            captured = self.graphs.capture(projected_states, output, self.lone, self.lone_slots, self.kv_cache[1])
         metadata = batch.get(self.prefix) if batch is not None else None
         if metadata is None:  # vLLM's memory profiling: no states yet
             self.mixing.warm_up(projected_states)

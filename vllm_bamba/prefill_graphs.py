@@ -157,13 +157,14 @@ class PrefillGraphs:
         Args:
             projected, output: like those that `run` will get.
             plan: describes the sequence; what it says is lost.
-            slots: int32 [2], as for `LonePrefill.plan`; of all steps to come.
+            slots: int32 [2], as for `LonePrefill.plan`; of all steps to come. What they are is lost, too.
             state: part of the layer's cache; where it has moved, graphs are made anew.
         """
         captured_for = (state.data_ptr(), slots.data_ptr())
         if self._captured_for == captured_for:
             return False
         self._graphs.clear()
+        slots.zero_()  # padding: nobody's state is changed
         given, made = self._buffers(projected, output)
         pool, stream = _shared_pool(projected.device)
         for size in SIZES:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.mamba.checkpoint import MambaPrefillCheckpointBuilder, MambaPrefillCheckpointMetadata
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadata, Mamba2AttentionMetadataBuilder
@@ -71,14 +72,14 @@ class InnerStateBuilder(MambaPrefillCheckpointBuilder):
         if not any(offsets):
             return None
         to_device = partial(async_tensor_h2d, device=m.query_start_loc.device)
-        empty = MambaPrefillCheckpointMetadata(
+        nowhere = MambaPrefillCheckpointMetadata(
             checkpoint_offsets=to_device(offsets, dtype=torch.int32),
-            state_indices=m.block_table_tensor,
+            state_indices=m.block_table_tensor,  # in the next line those that are meant
             offsets=offsets,
             request_rows=to_device(rows, dtype=torch.int64),
             block_cols=to_device(columns, dtype=torch.int64),
         )
-        return empty.regather_state_indices(m.block_table_tensor)
+        return nowhere.regather_state_indices(m.block_table_tensor)
 
 
 @dataclass
@@ -102,12 +103,13 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.checkpoint_builder = InnerStateBuilder(vllm_config, kv_cache_spec)
         self.lone = None
-        if device.type == "cuda" and vllm_config.speculative_config is None:
+        if current_platform.is_cuda() and vllm_config.speculative_config is None:
             self.lone = lone_prefill(self.chunk_size, device)
             self.lone_slots = torch.zeros(2, dtype=torch.int32, device=device)
             self._no_slot = torch.zeros(1, dtype=torch.int32, device=device)
             for name in layer_names:
-                vllm_config.compilation_config.static_forward_context[name].lone_slots = self.lone_slots
+                layer = vllm_config.compilation_config.static_forward_context[name]
+                layer.lone, layer.lone_slots = self.lone, self.lone_slots
 
     def build(self, common_prefix_len: int, m: CommonAttentionMetadata, *args: Any, **kwargs: Any) -> StateMetadata:
         metadata = super().build(common_prefix_len, m, *args, **kwargs)

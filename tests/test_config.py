@@ -259,6 +259,8 @@ def engine(**changes: object) -> SimpleNamespace:
         "eager": False,
         "quantization": None,
         "connector": None,
+        "offloading": None,
+        "dtype": torch.bfloat16,
     } | changes
     return SimpleNamespace(
         model_config=SimpleNamespace(
@@ -266,11 +268,15 @@ def engine(**changes: object) -> SimpleNamespace:
             model=values["model"],
             enforce_eager=values["eager"],
             quantization=values["quantization"],
+            dtype=values["dtype"],
         ),
         parallel_config=SimpleNamespace(tensor_parallel_size=values["tensor"]),
         load_config=SimpleNamespace(load_format="auto"),
         cache_config=SimpleNamespace(
-            use_replayssm=values["replay"], mamba_ssm_cache_dtype=values["state_dtype"], enable_prefix_caching=False
+            use_replayssm=values["replay"],
+            mamba_ssm_cache_dtype=values["state_dtype"],
+            enable_prefix_caching=False,
+            kv_offloading_size=values["offloading"],
         ),
         scheduler_config=SimpleNamespace(scheduler_cls=None),
         additional_config={},
@@ -349,6 +355,8 @@ def test_adapters_are_refused_only_where_torch_compile_pads_in_proj(
         ("quantised", (9, 0), {"quantization": "fp8"}),
         ("drafts", (9, 0), {"speculative": object()}),
         ("blocks go to other engines", (9, 0), {"connector": object()}),
+        ("blocks go to the host", (9, 0), {"offloading": 1.0}),
+        ("fp16", (9, 0), {"dtype": torch.float16}),
         ("a head of 24", (9, 0), {"hf_config": raw(mamba_d_head=24, mamba_n_heads=16, hidden_size=192)}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -16,6 +16,8 @@ operator `vllm::mamba_mixer2`
 `MambaPrefillCheckpointBuilder`, `MambaSpec.num_prefill_checkpoint_blocks`, `MambaManager._needs_internal_checkpoint`
     A state inside of a prefill is kept without a step of its own: see `state_metadata.py`. Goes with the slots; vLLM's
     own caching needs the first two of any mixer.
+`CacheConfig.hash_block_size` (None while memory is profiled), `CommonAttentionMetadata.seq_lens_cpu_upper_bound`
+    What the builder reads of a batch, with `regather_state_indices` and `async_tensor_h2d`. Goes with the builder.
 `ForwardContext.cudagraph_runtime_mode`, `update_block_table`, `nums_dict` of `causal_conv1d_fn`'s metadata
     Short prefills are graphs of each mixer, captured when vLLM captures its piecewise ones and described at addresses
     that stay: see `prefill_graphs.py`. Goes when vLLM's own graphs of prefills take mixers in.
@@ -50,7 +52,10 @@ the same, and `MambaManager.cache_blocks`
 `KVCacheManager.allocate_slots`, `.cache_blocks`, `.remove_skipped_blocks`, `Request.num_in_flight_tokens`
     Groups are asked only when they have something to do. Goes when vLLM does not ask each of them for each token.
 `KVCacheManager.estimate_cached_tokens`
-    Looks at a text's last blocks only, before its first token. Goes when vLLM's does.
+    Called once a request, before its first token is given out; vLLM's scans all blocks, ours stops at the last one with
+    a key. Goes when vLLM's does.
+`CacheConfig.kv_offloading_size`
+    Becomes a KV connector after the model's checks: see `moves_blocks`. Goes when vLLM makes it before.
 `KVCacheSpecRegistry`
     Cache managers of our own; registering is vLLM's way.
 `BlockPool`: its queue, its keys, `get_new_blocks`
@@ -121,6 +126,7 @@ __all__ = [
     "measure_system_messages",
     "mix_opaquely",
     "move_to_front",
+    "moves_blocks",
     "prepare_lora",
     "register_manager",
     "remove_keys",
@@ -153,6 +159,14 @@ def check_options(vllm_config: VllmConfig, in_proj_rows: int) -> None:
             f"LoRA: in_proj has {in_proj_rows} rows on each rank, not a multiple of 8. torch.compile pads that, "
             "which vLLM's LoRA kernels refuse: use another --tensor-parallel-size or --enforce-eager."
         )
+
+
+def moves_blocks(vllm_config: VllmConfig) -> bool:
+    """Whether something outside of the scheduler moves blocks of the cache; true from the first check on.
+
+    vLLM makes a KV connector of `--kv-offloading-size` only after models have been asked for their checks.
+    """
+    return vllm_config.kv_transfer_config is not None or vllm_config.cache_config.kv_offloading_size is not None
 
 
 def choose_state_dtype(vllm_config: VllmConfig) -> None:

@@ -7,9 +7,11 @@ Options of the engine, in vLLM's `additional_config`:
 | `bamba_fused_step` | see below | decode with kernels of our own instead of vLLM's operators |
 | `bamba_replay` | 16 | tokens after which a state is written; 0: after every one. One of 0, 8, 16, 32 |
 | `bamba_state_dtype` | as `--mamba-ssm-cache-dtype` | `"int8"`, `"fp8"` (e4m3): 8 bits, scaled by channel |
+| `bamba_prefill_graphs` | true | short prefills as CUDA graphs, with either step, where vLLM has piecewise ones |
 
-The step is on by default on the GPUs that its tests and its tables are from, compute capability 9.0, unless the
-checkpoint is quantised, tokens are drafted or blocks go to other engines. Elsewhere it can be asked for.
+The step is on by default on the GPUs that its tests and its tables are from, compute capability 9.0, with bf16
+activations, unless the checkpoint is quantised, tokens are drafted or blocks go to other engines. Elsewhere it can be
+asked for.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from vllm.platforms import current_platform
 
+from vllm_bamba.compat import moves_blocks
 from vllm_bamba.state import EIGHT_BITS, SlotFormat, mixer_shard, state_dtypes, state_shapes
 
 if TYPE_CHECKING:
@@ -35,10 +38,11 @@ REPLAYS = (0, 8, 16, 32)
 class StepOptions:
     """What `additional_config` says of the decode step."""
 
-    KEYS: ClassVar = ("bamba_fused_step", "bamba_replay", "bamba_state_dtype")
+    KEYS: ClassVar = ("bamba_fused_step", "bamba_replay", "bamba_state_dtype", "bamba_prefill_graphs")
     fused: bool = False
     replay: int = 16
     eight_bits: torch.dtype | None = None
+    prefill_graphs: bool = True
 
     @classmethod
     def of(cls, vllm_config: VllmConfig, shape: BambaShape) -> StepOptions:
@@ -49,11 +53,13 @@ class StepOptions:
         """
         given: dict[str, Any] = vllm_config.additional_config if isinstance(vllm_config.additional_config, dict) else {}
         fused, replay = given.get("bamba_fused_step"), given.get("bamba_replay", cls.replay)
-        dtype = given.get("bamba_state_dtype")
+        dtype, graphs = given.get("bamba_state_dtype"), given.get("bamba_prefill_graphs", cls.prefill_graphs)
         if fused is None:
             fused = _is_best(vllm_config, shape)
         if not isinstance(fused, bool):
             raise ValueError(f"additional_config: bamba_fused_step is {fused!r}, expected true or false.")
+        if not isinstance(graphs, bool):
+            raise ValueError(f"additional_config: bamba_prefill_graphs is {graphs!r}, expected true or false.")
         if replay not in REPLAYS or isinstance(replay, bool):
             raise ValueError(f"additional_config: bamba_replay is {replay!r}, expected one of {REPLAYS}.")
         if dtype not in (None, *EIGHT_BITS):
@@ -63,7 +69,7 @@ class StepOptions:
             )
         if not fused and {"bamba_replay", "bamba_state_dtype"} & given.keys():
             raise ValueError("additional_config: bamba_replay and bamba_state_dtype need bamba_fused_step: true.")
-        return cls(fused, replay, EIGHT_BITS[dtype] if dtype else None)
+        return cls(fused, replay, EIGHT_BITS[dtype] if dtype else None, graphs)
 
 
 def _is_best(vllm_config: VllmConfig, shape: BambaShape) -> bool:
@@ -71,8 +77,9 @@ def _is_best(vllm_config: VllmConfig, shape: BambaShape) -> bool:
     return (
         current_platform.is_cuda()
         and current_platform.is_device_capability((9, 0))
+        and vllm_config.model_config.dtype == torch.bfloat16
         and vllm_config.model_config.quantization is None
-        and vllm_config.kv_transfer_config is None
+        and not moves_blocks(vllm_config)
         and _obstacle(vllm_config, shape) is None
     )
 

@@ -23,7 +23,10 @@ def config(**changes: object) -> SimpleNamespace:
     made = SimpleNamespace(
         additional_config={},
         cache_config=SimpleNamespace(
-            enable_prefix_caching=True, prefix_match_unit=None, prefix_cache_retention_interval=0
+            enable_prefix_caching=True,
+            prefix_match_unit=None,
+            prefix_cache_retention_interval=0,
+            kv_offloading_size=None,
         ),
         scheduler_config=SimpleNamespace(scheduler_cls=None),
         model_config=SimpleNamespace(max_model_len=4096),
@@ -78,6 +81,7 @@ def test_slots_are_on_unless_turned_off() -> None:
         ({"kv_transfer_config": object()}, "KV connector"),
         ({"kv_events_config": SimpleNamespace(enable_kv_cache_events=True)}, "events"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
+        ({"cache_config__kv_offloading_size": 1.0}, "KV connector"),
         ({"cache_config__prefix_cache_retention_interval": 528}, "prefix_cache_retention_interval"),
     ],
 )
@@ -111,9 +115,10 @@ def test_a_senseless_option_is_refused(options: dict[str, object]) -> None:
         SlotOptions.of(config(additional_config=options))
 
 
-def test_an_odd_unit_is_refused() -> None:
-    with pytest.raises(ValueError, match="even"):
-        configure(config(cache_config__prefix_match_unit=11))
+@pytest.mark.parametrize("unit", [11, 2])
+def test_a_unit_that_is_odd_or_shorter_than_a_convolution_is_refused(unit: int) -> None:
+    with pytest.raises(ValueError, match="even number of tokens, 4 or more"):
+        configure(config(cache_config__prefix_match_unit=unit))
 
 
 @pytest.mark.parametrize("value", [None, -1, 0, "100", 1.5])

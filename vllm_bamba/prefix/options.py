@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
 SCHEDULER = "vllm_bamba.prefix.scheduler.build"
+SHORTEST_UNIT = 4  # tokens: a state has all of its convolution's inputs behind the position before
 
 logger = logging.getLogger("vllm.vllm_bamba")
 
@@ -113,8 +114,8 @@ def configure(vllm_config: VllmConfig, has_attention: bool = True) -> None:
             )
         return
     unit = cache.prefix_match_unit or UNIT
-    if unit % 2:
-        raise ValueError(f"--prefix-match-unit {unit}: expected an even number of tokens.")
+    if unit % 2 or unit < SHORTEST_UNIT:
+        raise ValueError(f"--prefix-match-unit {unit}: expected an even number of tokens, {SHORTEST_UNIT} or more.")
     if vllm_config.model_config.max_model_len <= unit:
         logger.warning(
             "No prefix can be hit: the context of %d tokens is not longer than a unit of %d.",
@@ -129,12 +130,14 @@ def configure(vllm_config: VllmConfig, has_attention: bool = True) -> None:
 
 def _obstacle(vllm_config: VllmConfig, has_attention: bool) -> str | None:
     """What slots have not been made or tried with."""
+    from vllm_bamba.compat import moves_blocks
+
     parallel, events = vllm_config.parallel_config, vllm_config.kv_events_config
     reasons = {
         "the model has no attention layer": not has_attention,
         "another scheduler class is set": vllm_config.scheduler_config.scheduler_cls is not None,
         "drafts of speculative decoding skip positions": vllm_config.speculative_config is not None,
-        "a KV connector moves blocks itself": vllm_config.kv_transfer_config is not None,
+        "a KV connector moves blocks itself": moves_blocks(vllm_config),
         "KV-cache events are on": events is not None and events.enable_kv_cache_events,
         "context parallelism splits blocks": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,

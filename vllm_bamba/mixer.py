@@ -25,7 +25,7 @@ from vllm_bamba.prefill_graphs import LonePrefill, PrefillGraphs
 from vllm_bamba.prefix.options import state_spec
 from vllm_bamba.sharding import MixerShard, scaled
 from vllm_bamba.state import mixer_shard, plan_batch
-from vllm_bamba.step_options import slot_dtypes, slot_format, slot_shapes
+from vllm_bamba.step_options import StepOptions, slot_dtypes, slot_format, slot_shapes
 
 
 def sharded_parameter(
@@ -151,9 +151,10 @@ class BambaMixer(nn.Module, MambaBase):
         layers[prefix] = self
         self.kv_cache = (torch.tensor([]), torch.tensor([]))  # vLLM binds the state tensors
         self.backend = state_backend(shape.head_dim, self.model_config.dtype, vllm_config.cache_config.cache_dtype)
+        self.wants_graphs = StepOptions.of(vllm_config, shape).prefill_graphs
+        self.graphs = PrefillGraphs(self.mixing.prefill)
         self.lone: LonePrefill | None = None  # the metadata's builder sets both where prefills may be graphs
         self.lone_slots = torch.tensor([])
-        self.graphs = PrefillGraphs(self.mixing.prefill)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> [tokens, hidden]."""
@@ -191,7 +192,7 @@ class BambaMixer(nn.Module, MambaBase):
             rows = slice(end, end + prefill.num_tokens)
             end = rows.stop
             lone = None if captured else metadata.lone_slots  # what describes it was used to make graphs
-            if lone is None or not self.graphs.run(projected_states[rows], lone, output[rows]):
+            if lone is None or not self.graphs.run(projected_states[rows], lone, self.kv_cache[1], output[rows]):
                 self.mixing.prefill(projected_states[rows], prefill, output[rows])
         output[end:].zero_()  # padding: a NaN there would reach all rows through a dynamic fp8 scale
 

@@ -192,7 +192,7 @@ class FusedMixing(Mixing):
             write_slots(slots, inner.slots, inner.lengths, inputs[sequences:], states[sequences:])
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # never forgets: graphs read it
 def _rows(sequences: int, device: torch.device) -> torch.Tensor:
     """int32 [sequences], the rows of `empty_inputs`; the same for all layers."""
     return torch.arange(1, 1 + sequences, dtype=torch.int32, device=device)

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_bamba.state import InnerStates, PrefillPlan
+from vllm_bamba.state import INPUTS, InnerStates, PrefillPlan
 
 SIZES = (32, 64, 128, 256, 512, 1024)  # tokens; longer prefills keep a GPU busy
 CONV_BLOCK = 8  # tokens of a program of vLLM's convolution
@@ -44,7 +44,7 @@ class LonePrefill:
             "last_chunk": 1,
             "conv_programs": -(-most // CONV_BLOCK),
             "inner_lengths": 1,
-            "inner_inputs": 3,
+            "inner_inputs": INPUTS,
             "chunks": 2,
         }
         self._places, end = {}, 0
@@ -69,7 +69,7 @@ class LonePrefill:
             "last_chunk": [len(ends) - 1],
             "conv_programs": [0] * blocks + [NOTHING] * (-(-self.most // CONV_BLOCK) - blocks),
             "inner_lengths": [start + inner],
-            "inner_inputs": [max(inner - i, 0) for i in (3, 2, 1)],
+            "inner_inputs": [max(inner - i, 0) for i in range(INPUTS, 0, -1)],
             "chunks": [len(ends) - 1, ends.index(inner) if inner else 0],
         }
         words = [0] * len(self.words)
@@ -149,6 +149,10 @@ class PrefillGraphs:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._captured_for: tuple[int, ...] = ()
 
+    @property
+    def made(self) -> bool:
+        return bool(self._graphs)
+
     def capture(
         self, projected: torch.Tensor, output: torch.Tensor, plan: LonePrefill, slots: torch.Tensor, state: torch.Tensor
     ) -> bool:
@@ -163,10 +167,10 @@ class PrefillGraphs:
         captured_for = (state.data_ptr(), slots.data_ptr())
         if self._captured_for == captured_for:
             return False
-        self._graphs.clear()
         slots.zero_()  # padding: nobody's state is changed
         given, made = self._buffers(projected, output)
         pool, stream = _shared_pool(projected.device)
+        graphs = {}  # those before keep the pool alive until these are made
         for size in SIZES:
             plan.fill(0, size)
             call = (given[:size], plan.plan(size, slots), made[:size])
@@ -180,21 +184,21 @@ class PrefillGraphs:
                 finally:
                     graph.capture_end()
             torch.cuda.current_stream().wait_stream(stream)
-            self._graphs[size] = graph
-        self._captured_for = captured_for
+            graphs[size] = graph
+        self._graphs, self._captured_for = graphs, captured_for
         return True
 
-    def run(self, projected: torch.Tensor, slots: torch.Tensor, output: torch.Tensor) -> bool:
+    def run(self, projected: torch.Tensor, slots: torch.Tensor, state: torch.Tensor, output: torch.Tensor) -> bool:
         """Do a prefill that `LonePrefill` describes now, [tokens, in_proj rows] -> output; false if there is no graph.
 
         Args:
             projected: the sequence's tokens.
-            slots: those for which the graphs were made.
+            slots, state: those for which the graphs were made.
             output: like `projected`.
         """
         tokens = len(projected)
         size = next((size for size in SIZES if size >= tokens), 0)
-        if size not in self._graphs or self._captured_for[1] != slots.data_ptr():
+        if size not in self._graphs or self._captured_for != (state.data_ptr(), slots.data_ptr()):
             return False
         given, made = self._buffers(projected, output)
         given[:tokens].copy_(projected)

@@ -40,6 +40,9 @@ class DecodePlan:
     accepted: torch.Tensor | None
 
 
+INPUTS = 3  # of a convolution that a state needs, at most
+
+
 @dataclass(frozen=True)
 class InnerStates:
     """States inside of a batch's prefills that are kept as well, at most one of each sequence.
@@ -47,9 +50,9 @@ class InnerStates:
     Attributes:
         slots: int32 [sequences]; 0: nothing is kept.
         lengths: int32 [sequences], tokens of each sequence up to there.
-        inputs: int64 [sequences, 3], which of the batch's prefill tokens are the last of these.
-        chunks: int64 [2 * sequences], the chunk that ends each sequence, then the chunk that ends there.
-        offsets: new tokens of each sequence up to there, known without asking the device; 0: nothing is kept.
+        inputs: integers [sequences, INPUTS], which of the batch's prefill tokens are the last of these.
+        chunks: integers [2 * sequences], the chunk that ends each sequence, then the chunk that ends there.
+        offsets: new tokens of each sequence up to there, known without asking the device; 0: nothing is kept. For CPUs.
     """
 
     slots: torch.Tensor
@@ -69,7 +72,7 @@ class PrefillPlan:
         lengths: int32 [sequences], tokens of each sequence with these.
         query_start_loc: int32 [sequences + 1], token offsets.
         continues: bool [sequences], whether the slot holds the state of earlier tokens.
-        any_continues: `continues.any()`, known without asking the device.
+        any_continues: false only if none of `continues`, known without asking the device.
         chunk_size: tokens of an SSD chunk.
         chunk_start_loc: int32 [chunks + 1], token offsets; no chunk crosses sequences.
         chunk_sequence: int32 [chunks].

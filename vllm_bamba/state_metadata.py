@@ -23,8 +23,7 @@ from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadata, Mamb
 from vllm_bamba.prefill_graphs import lone_prefill
 from vllm_bamba.prefix.options import active
 from vllm_bamba.prefix.policy import inner_position
-
-INPUTS = 3  # of the convolution that a state needs, at most
+from vllm_bamba.state import INPUTS
 
 
 @dataclass
@@ -102,17 +101,21 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.checkpoint_builder = InnerStateBuilder(vllm_config, kv_cache_spec)
-        self.lone = None
-        if current_platform.is_cuda() and vllm_config.speculative_config is None:
+        self.lone, self._layers = None, []
+        layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
+        graphs = vllm_config.speculative_config is None and all(layer.wants_graphs for layer in layers)
+        if graphs and current_platform.is_cuda():
             self.lone = lone_prefill(self.chunk_size, device)
             self.lone_slots = torch.zeros(2, dtype=torch.int32, device=device)
             self._no_slot = torch.zeros(1, dtype=torch.int32, device=device)
-            for name in layer_names:
-                layer = vllm_config.compilation_config.static_forward_context[name]
+            self._layers = layers
+            for layer in layers:
                 layer.lone, layer.lone_slots = self.lone, self.lone_slots
 
-    def build(self, common_prefix_len: int, m: CommonAttentionMetadata, *args: Any, **kwargs: Any) -> StateMetadata:
-        metadata = super().build(common_prefix_len, m, *args, **kwargs)
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *args: Any, **kwargs: Any
+    ) -> StateMetadata:
+        metadata = super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
         inner = metadata.checkpoint_meta
         if isinstance(inner, InnerStateMetadata):
             chunks = torch.cat([metadata.last_chunk_indices_p.long(), metadata.checkpoint_chunk_idx])
@@ -120,9 +123,12 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
             metadata = replace(metadata, checkpoint_meta=inner)
         if self.lone is None or metadata.num_prefills != 1 or metadata.num_prefill_tokens > self.lone.most:
             return metadata
-        assert m.seq_lens_cpu_upper_bound is not None
+        if not self._layers[0].graphs.made:  # they never are without vLLM's piecewise graphs
+            return metadata
+        lengths = common_attn_metadata.seq_lens_cpu_upper_bound
+        assert lengths is not None
         tokens = metadata.num_prefill_tokens
-        start = int(m.seq_lens_cpu_upper_bound[metadata.num_reqs - 1]) - tokens
+        start = int(lengths[metadata.num_reqs - 1]) - tokens
         self.lone.fill(start, tokens, inner.offsets[0] if inner is not None else 0)
         return self._with_lone_slots(metadata)
 

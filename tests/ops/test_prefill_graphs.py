@@ -1,9 +1,12 @@
 """A lone prefill's description at fixed addresses, and what graphs make of it."""
 
+import contextlib
+
 import pytest
 import torch
 from helpers import CHUNK, DEVICE, NO_LIMIT, inside, prefill_plan, randn
 
+from vllm_bamba import prefill_graphs
 from vllm_bamba.ops.causal_conv1d import causal_conv1d_prefill
 from vllm_bamba.ops.ssd_prefill import ssd_prefill
 from vllm_bamba.prefill_graphs import CONV_BLOCK, NOTHING, SIZES, LonePrefill, PrefillGraphs
@@ -97,12 +100,80 @@ def test_graphs_do_what_the_layer_does() -> None:
         of_all.copy_(slots(inner))
         plan.fill(start, tokens, inner)
         made = torch.full((tokens, HEADS * HEAD_DIM), float("nan"), device=DEVICE)
-        assert graphs.run(inside(given[:tokens]), of_all, made)
+        assert graphs.run(inside(given[:tokens]), of_all, graphed.ssm, made)
         expected = torch.empty_like(made)
         whole = prefill_plan([tokens], [SLOTS], [start], inner={0: (inner, INNER)} if inner else None)
         plain.prefill(inside(given[:tokens]), whole, expected)
         torch.testing.assert_close(made, expected)
         for ours, theirs in ((graphed.conv, plain.conv), (graphed.ssm, plain.ssm)):
             torch.testing.assert_close(ours[1:], theirs[1:])
-    assert not graphs.run(given, of_all, output)  # longer than any
-    assert not graphs.run(given[:5], slots(0), output[:5])  # of other slots
+
+
+class Recorded:
+    """What `torch.cuda.CUDAGraph` does: a call that is noted down and done again."""
+
+    capturing: "Recorded | None" = None
+
+    def capture_begin(self, **options: object) -> None:
+        self.calls: list[tuple[object, ...]] = []
+        Recorded.capturing = self
+
+    def capture_end(self) -> None:
+        Recorded.capturing = None
+
+    def replay(self) -> None:
+        for function, *given in self.calls:
+            function(*given)
+
+
+class NoStream:
+    def wait_stream(self, other: object) -> None:
+        pass
+
+
+def test_graphs_are_made_once_for_each_place_of_states_and_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: which graph runs on what, and when graphs are made anew."""
+    cuda = prefill_graphs.torch.cuda
+    monkeypatch.setattr(cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(cuda, "current_stream", NoStream)
+    monkeypatch.setattr(cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(prefill_graphs, "_shared_pool", lambda device: (None, NoStream()))
+    seen: list[tuple[int, list[int]]] = []
+
+    def work(projected: torch.Tensor, plan: PrefillPlan, output: torch.Tensor) -> None:
+        seen.append((len(projected), plan.slots.tolist()))
+        output.copy_(2 * projected)
+
+    def prefill(projected: torch.Tensor, plan: PrefillPlan, output: torch.Tensor) -> None:
+        if Recorded.capturing is not None:
+            Recorded.capturing.calls.append((work, projected, plan, output))
+        else:
+            work(projected, plan, output)
+
+    state, moved, of_all, plan = (
+        torch.zeros(3),
+        torch.zeros(3),
+        slots(INNER).cpu(),
+        LonePrefill(CHUNK, torch.device("cpu")),
+    )
+    given, output, graphs = torch.randn(SIZES[-1] + 1, 6), torch.zeros(SIZES[-1] + 1, 6), PrefillGraphs(prefill)
+    assert not graphs.made
+    assert not graphs.run(given[:5], of_all, state, output[:5])
+    assert graphs.capture(given, output, plan, of_all, state)
+    assert graphs.made
+    assert seen == [(size, [0]) for size in SIZES]  # tried out on nobody's slots
+    assert not graphs.capture(given, output, plan, of_all, state)
+    seen.clear()
+    for tokens, size in ((1, 32), (32, 32), (33, 64), (1024, 1024)):
+        of_all.copy_(torch.tensor([tokens, 0]))
+        output.zero_()
+        assert graphs.run(given[:tokens], of_all, state, output[:tokens])
+        assert seen.pop() == (size, [tokens])
+        assert torch.equal(output[:tokens], 2 * given[:tokens])
+        assert not output[tokens:].any()
+    assert not graphs.run(given, of_all, state, output)  # longer than any
+    assert not graphs.run(given[:5], of_all.clone(), state, output[:5])
+    assert not graphs.run(given[:5], of_all, moved, output[:5])
+    assert graphs.capture(given, output, plan, of_all, moved)
+    assert graphs.run(given[:5], of_all, moved, output[:5])
+    assert not graphs.run(given[:5], of_all, state, output[:5])

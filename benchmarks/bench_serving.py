@@ -58,7 +58,12 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", default="auto", help="auto: bfloat16 on a GPU, float32 without")
     parser.add_argument("--state-dtype", default="auto", help="of the SSM state; auto: vLLM's default, --dtype")
-    parser.add_argument("--cache-mode", choices=["none", "align"], default="none", help="prefix caching off, or on")
+    parser.add_argument(
+        "--cache-mode",
+        choices=["none", "align", "slots"],
+        default="none",
+        help="prefix caching off, vLLM's own, or, for this plugin's model, prefix-aware slots",
+    )
     parser.add_argument("--engine-args", default="", help="more of vLLM's flags, as one string: --engine-args='--x 1'")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for a server to get ready")
     parser.add_argument("--logs", type=pathlib.Path, help="folder for vLLM's output (default: a temporary one)")
@@ -117,13 +122,17 @@ class Bench:
             flags.append("--enable-prefix-caching")
         if model != "llama":
             flags += ["--mamba-ssm-cache-dtype", args.state_dtype]
-            flags += ["--mamba-cache-mode", args.cache_mode] if args.cache_mode != "none" else []
+            flags += ["--mamba-cache-mode", "align"] if args.cache_mode != "none" else []
+        if model == "bamba" and args.cache_mode != "none":
+            flags += ["--additional-config", json.dumps({"bamba_prefix_slots": args.cache_mode == "slots"})]
         return flags + shlex.split(args.engine_args)
 
     def add(self, model: str, **columns: Any) -> None:
         random = self.args.model is None or model == "llama"
         common = {"variant": VARIANTS[model], "model": self.model_name(model)}
         common |= {"weights": "random" if random else "checkpoint", "details": shlex.join(self.engine_flags(model))}
+        mode = self.args.cache_mode
+        common["cache_mode"] = "align" if mode == "slots" and model != "bamba" else mode
         self.results.add(**common | {"verified": "n/a: random weights" if random else "n/a"} | columns)
 
     def model_name(self, model: str) -> str:
@@ -240,7 +249,6 @@ def main(argv: Sequence[str]) -> None:
         list(argv),
         dtype=dtype_name(dtype),
         state_dtype=dtype_name(state_dtype),
-        cache_mode=args.cache_mode,
     )
     with tempfile.TemporaryDirectory() as temporary:
         work = args.logs or pathlib.Path(temporary)

@@ -134,7 +134,7 @@ def speed_up(axes: Axes, rows: pd.DataFrame) -> bool:
 def _speed_up_label(row: pd.Series) -> str:
     work = [] if pd.isna(row.batch) else [f"batch {float(row.batch):g}"]
     if pd.notna(row.prompt_tokens):
-        work.append(f"{float(row.prompt_tokens):g} tokens")
+        work.append(f"{str(row.prompt_tokens).removesuffix('.0')} tokens")
     who = "" if row.variant == "vllm_bamba" else f"{row.variant}: "
     return f"{who}{row['case']}, {', '.join(work)}, over {row.other}"
 

@@ -102,7 +102,7 @@ class Simulator:
 
     def __init__(
         self, geometry: Geometry = Geometry(), slots: bool = True, unit: int | None = None,
-        asynchronous: bool = False, share: float | None = None, exports: bool = False, caching: bool = True,
+        asynchronous: bool = False, share: float | None = None, exports: bool = True, caching: bool = True,
         **options: Any,
     ):  # fmt: skip
         init_none_hash(sha256)

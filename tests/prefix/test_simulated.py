@@ -113,14 +113,14 @@ def test_vllm_alone_resumes_from_a_wrong_state() -> None:
     starts at 384 ought to stop where prompts part, at 1056, and stops a block after its start; its state is found at
     1056 all the same.
     """
-    engine = Simulator(slots=False, unit=16, exports=True)
+    engine = Simulator(slots=False, unit=16)
     assert parting(engine) == [384, 1056, 1056]
     assert engine.seen["r2"].chunks[0] == 528
     assert set(engine.wrong) == {f"r{i} continues at 1056 from another text's state" for i in (3, 4)}
 
 
 def test_vllm_alone_is_right_where_prefills_leave_no_state_inside() -> None:
-    engine = Simulator(slots=False, unit=16)
+    engine = Simulator(slots=False, unit=16, exports=False)
     assert parting(engine) == [384, 1056, 1056]
     assert engine.seen["r2"].chunks[:2] == [144, 528]  # to the block's end first
     assert engine.wrong == []

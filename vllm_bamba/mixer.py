@@ -181,6 +181,8 @@ class BambaMixer(nn.Module, MambaBase):
         metadata = batch.get(self.prefix) if batch is not None else None
         if metadata is None:  # vLLM's memory profiling: no states yet
             self.mixing.warm_up(projected_states)
+            if not self.kv_cache[0].numel():
+                self.mixing.reserve(output.device)
             output.zero_()
             return
         decode, prefill = plan_batch(metadata)

@@ -17,6 +17,7 @@ from vllm_bamba.ops.causal_conv1d import causal_conv1d_prefill, causal_conv1d_st
 from vllm_bamba.ops.gated_norm import gate_for_later
 from vllm_bamba.ops.ssd_prefill import scan, ssd_prefill, warm_up
 from vllm_bamba.ops.ssm_step import ssm_step
+from vllm_bamba.prefix.policy import PREFILLS
 from vllm_bamba.state import DecodePlan, PrefillPlan, SlotFormat, channels_first
 
 if TYPE_CHECKING:
@@ -49,6 +50,15 @@ class Mixing(ABC):
     @abstractmethod
     def warm_up(self, projected: torch.Tensor) -> None:
         """Have all kernels made before the first request; `projected` is like that of requests."""
+
+    def reserve(self, device: torch.device) -> None:
+        """Take as much memory as the states of a step's prefills, and give it back: vLLM's profile has no prefills.
+
+        The scan holds two chunks of a short prompt before and after states are passed on, and where it starts from.
+        """
+        shard = self.mixer.shard
+        of_sequence = 5 * shard.local_heads * shard.head_dim * shard.state
+        torch.empty(PREFILLS * of_sequence, dtype=torch.float32, device=device)
 
     def _warm_scan_up(self, projected: torch.Tensor, state_dtype: torch.dtype) -> None:
         shard = self.mixer.shard

@@ -261,6 +261,20 @@ def test_where_memory_is_short_a_prefill_stops_at_its_prompts_end() -> None:
     assert engine.wrong == []
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_step_prefills_no_more_sequences_than_there_is_memory_for(asynchronous: bool) -> None:
+    engine, steps = Simulator(Geometry(max_requests=200, blocks=9000), asynchronous=asynchronous), []
+    run = engine._run
+    engine._run = lambda output: steps.append(list(output.num_scheduled_tokens.values())) or run(output)
+    for i in range(150):
+        engine.add(text(i, 20), answer=5)
+    engine.finish()
+    assert [sum(tokens == 20 for tokens in step) for step in steps[:3]] == [64, 64, 22]
+    assert len(steps[1]) == 128  # while the first go on
+    assert all(len(seen.answer) == 5 for seen in engine.seen.values())
+    assert engine.wrong == []
+
+
 def test_a_wrong_state_would_be_seen() -> None:
     engine, prompt = Simulator(), text(1, 300)
     engine.ask(prompt)

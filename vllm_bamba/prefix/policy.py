@@ -29,6 +29,7 @@ import numpy as np
 Key = Hashable
 
 UNIT = 16  # tokens: slots lie at multiples of it, hits too
+PREFILLS = 64  # sequences that a step prefills at most: states of each are in memory several times while it does
 LEAST_GAIN = 128  # tokens: about 4 ms of prefill on an H200, one step
 SPREAD_FROM = 2048  # tokens
 SPREAD = ((1, 2), (3, 4), (7, 8))

@@ -30,7 +30,7 @@ class PrefixAware(Scheduler):
         num_new_local_computed_tokens: int = 0,
         num_external_computed_tokens: int = 0,
     ) -> int:
-        """Tokens of this step's chunk.
+        """Tokens of this step's chunk, 0 where the request has to wait.
 
         Unlike vLLM's it need not end on a block's last token: `BambaStateManager` keys what does and nothing else.
         """
@@ -38,6 +38,8 @@ class PrefixAware(Scheduler):
         unit = 2 * self.hash_block_size
         if start >= max(request.num_prompt_tokens, request.num_tokens - 1):
             return num_new_tokens
+        if not self.slots.takes_prefill(request.request_id):
+            return 0
         if request.num_computed_tokens == 0:
             self.slots.plans[request.request_id] = plan_prefill(
                 request.num_tokens,

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_bamba.compat import before_allocation, free_blocks_in_order, move_to_front, remove_keys
-from vllm_bamba.prefix.policy import Key, Kind, SlotTable
+from vllm_bamba.prefix.policy import PREFILLS, Key, Kind, SlotTable
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -46,6 +46,7 @@ class Slots:
         self._lineage: defaultdict[str, list[Key]] = defaultdict(list)
         self._newest: dict[str, Key] = {}  # of each answer
         self._step: defaultdict[str, list[Key]] = defaultdict(list)
+        self._prefills: set[str] = set()
         self._inner: dict[str, int] = {}
         self._decided: dict[tuple[str, int], bool] = {}
         before_allocation(pool, self.make_room)
@@ -65,8 +66,15 @@ class Slots:
 
     def new_step(self) -> None:
         self._step.clear()
+        self._prefills.clear()
         self._inner.clear()
         self._decided.clear()
+
+    def takes_prefill(self, request_id: str) -> bool:
+        """Whether this step may prefill the request, too."""
+        if len(self._prefills) < PREFILLS:
+            self._prefills.add(request_id)
+        return request_id in self._prefills
 
     def room_inside(self, request_id: str, end: int) -> bool:
         """Whether a prefill up to `end` can have a second state in its step without taking others' blocks."""

@@ -8,7 +8,7 @@ asks the metadata's builder where it is. A prompt's reusable end then costs no s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -39,33 +39,32 @@ class InnerStateBuilder(MambaPrefillCheckpointBuilder):
     """With slots the state at a prefill's last unit is kept, else the one that vLLM's own caching wants."""
 
     def build(self, m: CommonAttentionMetadata, request_rows: list[int]) -> InnerStateMetadata | None:
-        found = (self._at_last_unit if active(self.vllm_config) else super().build)(m, request_rows)
+        assert m.seq_lens_cpu_upper_bound is not None
+        of_query, ends = m.query_start_loc_cpu.tolist(), m.seq_lens_cpu_upper_bound.tolist()
+        first, device = of_query[request_rows[0]], m.query_start_loc.device
+        starts = {row: ends[row] - (of_query[row + 1] - of_query[row]) for row in request_rows}
+        found = self._at_last_unit(m, starts, ends) if active(self.vllm_config) else super().build(m, request_rows)
         if found is None:
             return None
         assert found.offsets is not None
-        assert m.seq_lens_cpu_upper_bound is not None
-        of_query, lengths = m.query_start_loc_cpu.tolist(), m.seq_lens_cpu_upper_bound.tolist()
-        first, device = of_query[request_rows[0]], m.query_start_loc.device
-        kept, inputs = [], []
-        for row, offset in zip(request_rows, found.offsets, strict=True):
-            start, end = of_query[row] - first, of_query[row + 1] - first
-            kept.append(lengths[row] - (end - start) + offset)
-            inputs.append([max(start + offset - i, 0) for i in range(INPUTS, 0, -1)])
+        kept = [start + offset for start, offset in zip(starts.values(), found.offsets, strict=True)]
+        places = [of_query[row] - first + offset for row, offset in zip(starts, found.offsets, strict=True)]
+        inputs = [[max(place - i, 0) for i in range(INPUTS, 0, -1)] for place in places]
         return InnerStateMetadata(
             **{f.name: getattr(found, f.name) for f in fields(MambaPrefillCheckpointMetadata)},
             lengths=async_tensor_h2d(kept, dtype=torch.int32, device=device),
             inputs=async_tensor_h2d(inputs, dtype=torch.int64, device=device),
         )
 
-    def _at_last_unit(self, m: CommonAttentionMetadata, rows: Sequence[int]) -> MambaPrefillCheckpointMetadata | None:
+    def _at_last_unit(
+        self, m: CommonAttentionMetadata, starts: Mapping[int, int], ends: Sequence[int]
+    ) -> MambaPrefillCheckpointMetadata | None:
+        """As vLLM's `build`; `starts` has the tokens of each prefill's row before its new ones, `ends` with them."""
         if self.vllm_config.cache_config.hash_block_size is None:  # vLLM's memory profiling
             return None
-        assert m.seq_lens_cpu_upper_bound is not None
-        of_query, lengths = m.query_start_loc_cpu.tolist(), m.seq_lens_cpu_upper_bound.tolist()
         unit, offsets, columns = self.kv_cache_spec.block_size, [], []
-        for row in rows:
-            start = lengths[row] - (of_query[row + 1] - of_query[row])
-            position = inner_position(start, lengths[row], unit)
+        for row, start in starts.items():
+            position = inner_position(start, ends[row], unit)
             offsets.append(position - start if position else 0)
             columns.append(position // unit - 1)
         if not any(offsets):
@@ -75,7 +74,7 @@ class InnerStateBuilder(MambaPrefillCheckpointBuilder):
             checkpoint_offsets=to_device(offsets, dtype=torch.int32),
             state_indices=m.block_table_tensor,  # in the next line those that are meant
             offsets=offsets,
-            request_rows=to_device(rows, dtype=torch.int64),
+            request_rows=to_device([*starts], dtype=torch.int64),
             block_cols=to_device(columns, dtype=torch.int64),
         )
         return nowhere.regather_state_indices(m.block_table_tensor)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_bamba.prefix.chat import KEY
 from vllm_bamba.prefix.policy import UNIT
+from vllm_bamba.state import INPUTS
 from vllm_bamba.step_options import StepOptions
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
 SCHEDULER = "vllm_bamba.prefix.scheduler.build"
-SHORTEST_UNIT = 4  # tokens: a state has all of its convolution's inputs behind the position before
+SHORTEST_UNIT = INPUTS + 1  # tokens: all of a state's inputs lie behind the position before
 
 logger = logging.getLogger("vllm.vllm_bamba")
 

@@ -35,11 +35,11 @@ class PrefixAware(Scheduler):
         Unlike vLLM's it need not end on a block's last token: `BambaStateManager` keys what does and nothing else.
         """
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
-        unit = 2 * self.hash_block_size
         if start >= max(request.num_prompt_tokens, request.num_tokens - 1):
             return num_new_tokens
         if not self.slots.takes_prefill(request.request_id):
             return 0
+        unit = 2 * self.hash_block_size
         if request.num_computed_tokens == 0:
             self.slots.plans[request.request_id] = plan_prefill(
                 request.num_tokens,

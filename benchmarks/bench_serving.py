@@ -116,14 +116,12 @@ class Bench:
         flags += ["--seed", str(args.seed)]
         if args.model is None or model == "llama":
             flags += ["--load-format", "dummy"]
-        if args.cache_mode == "none":
-            flags.append("--no-enable-prefix-caching")
-        else:
-            flags.append("--enable-prefix-caching")
+        caching = args.cache_mode != "none"
+        flags.append("--enable-prefix-caching" if caching else "--no-enable-prefix-caching")
         if model != "llama":
             flags += ["--mamba-ssm-cache-dtype", args.state_dtype]
-            flags += ["--mamba-cache-mode", "align"] if args.cache_mode != "none" else []
-        if model == "bamba" and args.cache_mode != "none":
+            flags += ["--mamba-cache-mode", "align"] if caching else []
+        if model == "bamba" and caching:
             flags += ["--additional-config", json.dumps({"bamba_prefix_slots": args.cache_mode == "slots"})]
         return flags + shlex.split(args.engine_args)
 

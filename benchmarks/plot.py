@@ -171,11 +171,7 @@ def decode(axes: Axes, rows: pd.DataFrame) -> bool:
     rows = rows[rows.batch.duplicated(keep=False)]  # of a batch with nothing to compare there is nothing to see
     if (rows.variant == "floor").all():
         return False
-    slow, fast = (pd.to_numeric(rows[c], errors="coerce") for c in ("high", "low"))
-    of_step = 1e3 * rows.batch
-    axes.set(xlabel="batch", ylabel="tokens/s", yscale="log")
-    axes.set_title("Decode by the clock; floor: with bf16 states written every step")
-    return lines(axes, rows.assign(value=of_step / rows.value, low=of_step / slow, high=of_step / fast), "batch")
+    return _tokens_per_second(axes, rows, "Decode by the clock")
 
 
 def decode_kernels(axes: Axes, rows: pd.DataFrame) -> bool:
@@ -184,10 +180,18 @@ def decode_kernels(axes: Axes, rows: pd.DataFrame) -> bool:
     of_kernels = rows.metric == "decode_step_kernels"
     if not of_kernels.any():
         return False
-    rows = numbers(rows[of_kernels | (rows.variant == "floor")], "batch")
+    return _tokens_per_second(
+        axes, numbers(rows[of_kernels | (rows.variant == "floor")], "batch"), "Decode: kernels of whole steps"
+    )
+
+
+def _tokens_per_second(axes: Axes, steps: pd.DataFrame, title: str) -> bool:
+    """Of rows whose values are milliseconds of a decode step."""
+    slow, fast = (pd.to_numeric(steps[c], errors="coerce") for c in ("high", "low"))
+    of_step = 1e3 * steps.batch
     axes.set(xlabel="batch", ylabel="tokens/s", yscale="log")
-    axes.set_title("Decode: kernels of whole steps; floor: with bf16 states written every step")
-    return lines(axes, rows.assign(value=1e3 * rows.batch / rows.value, low=None, high=None), "batch")
+    axes.set_title(f"{title}; floor: with bf16 states written every step")
+    return lines(axes, steps.assign(value=of_step / steps.value, low=of_step / slow, high=of_step / fast), "batch")
 
 
 def decode_operator(axes: Axes, rows: pd.DataFrame) -> bool:

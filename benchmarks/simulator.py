@@ -158,9 +158,11 @@ class Simulator:
             log_stats=True,
         )
         self._hasher = get_request_block_hasher(hash_block, sha256) if caching else None
-        inner = partial(inner_position, unit=states.block_size) if slots else None
-        if exports and not slots:
-            inner = partial(_vllms_inner_position, unit=hash_block, block=states.block_size)
+        inner: Callable[[int, int], int] = partial(_vllms_inner_position, unit=hash_block, block=states.block_size)
+        if slots:
+            inner = partial(inner_position, unit=states.block_size)
+        elif not exports:
+            inner = _no_inner_position
         self.worker = _Worker(states.block_size, block, geometry.mamba_groups, inner)
         self.seen: dict[str, Seen] = {}
         self.queries = self.hits = 0  # tokens, as vLLM's metrics count them
@@ -257,12 +259,14 @@ def _vllms_inner_position(start: int, end: int, unit: int, block: int) -> int:
     return position if is_mamba_prefill_checkpoint_valid(start, end, position, unit, block, 1) else 0
 
 
+def _no_inner_position(start: int, end: int) -> int:
+    return 0
+
+
 class _Worker:
     """Block tables and the texts that blocks stand for."""
 
-    def __init__(
-        self, state_block: int, attention_block: int, mamba_groups: int, inner: Callable[[int, int], int] | None
-    ):
+    def __init__(self, state_block: int, attention_block: int, mamba_groups: int, inner: Callable[[int, int], int]):
         self.state_block, self.attention_block, self.mamba_groups = state_block, attention_block, mamba_groups
         self.inner = inner  # of a step's first token and end: where the state inside is kept, too
         self.states: dict[int, int] = {}
@@ -298,10 +302,8 @@ class _Worker:
             if before != self._at(name, start):
                 self.wrong.append(f"{name} continues at {start} from another text's state")
             self.states[block] = self._at(name, start + count)
-        if self.inner is not None:
-            for name, count in output.num_scheduled_tokens.items():
-                self._export(name, starts[name], starts[name] + count)
         for name, count in output.num_scheduled_tokens.items():
+            self._export(name, starts[name], starts[name] + count)
             self.computed[name] += count
         return starts
 
@@ -335,7 +337,6 @@ class _Worker:
         return self.texts[name][position]
 
     def _export(self, name: str, start: int, end: int) -> None:
-        assert self.inner is not None
         position = self.inner(start, end)
         for table in self.tables[name][: self.mamba_groups] if position else ():
             block = table[-(-end // self.state_block) - 2]

@@ -16,7 +16,7 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.utils import compute_causal_conv1d_metadata
 
-from vllm_bamba.state import DecodePlan, InnerStates, PrefillPlan
+from vllm_bamba.state import INPUTS, DecodePlan, InnerStates, PrefillPlan
 
 DEVICE = torch.device(current_platform.device_type)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -57,8 +57,7 @@ def prefill_plan(
     chunks = [
         chunk_lengths(n, c, chunk_size, offset) for n, c, (offset, _) in zip(lengths, computed, inside, strict=True)
     ]
-    first_chunks = [0, *itertools.accumulate(map(len, chunks))]
-    last = [first - 1 for first in first_chunks[1:]]
+    last = [n - 1 for n in itertools.accumulate(map(len, chunks))]
     conv_metadata = None
     if DEVICE.type == "cuda":
         names = ("nums_dict", "batch_ptr", "token_chunk_offset_ptr")
@@ -83,15 +82,16 @@ def prefill_plan(
 def inner_states(
     inside: list[tuple[int, int]], offsets: list[int], computed: list[int], chunks: list[list[int]], last: list[int]
 ) -> InnerStates:
+    """Of each sequence's (offset, slot); 0 where nothing is kept."""
     ends = [
-        first - len(of_one) + 1 + [*itertools.accumulate(of_one)].index(offset) if offset else 0
-        for first, of_one, (offset, _) in zip(last, chunks, inside, strict=True)
+        end - len(of_one) + 1 + [*itertools.accumulate(of_one)].index(offset) if offset else 0
+        for end, of_one, (offset, _) in zip(last, chunks, inside, strict=True)
     ]
     places = [start + offset for start, (offset, _) in zip(offsets[:-1], inside, strict=True)]
     return InnerStates(
         slots=ints([slot for _, slot in inside]),
         lengths=ints([c + offset for c, (offset, _) in zip(computed, inside, strict=True)]),
-        inputs=ints([[max(0, place - i) for i in (3, 2, 1)] for place in places]).long(),
+        inputs=ints([[max(0, place - i) for i in range(INPUTS, 0, -1)] for place in places]).long(),
         chunks=ints([*last, *ends]).long(),
         offsets=tuple(offset for offset, _ in inside),
     )

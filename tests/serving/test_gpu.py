@@ -62,14 +62,8 @@ def references(path: str) -> tuple[Reference, Reference]:
     return Reference(path), Reference(path, torch.bfloat16)
 
 
-@pytest.mark.parametrize(
-    ("step", "changes"),
-    [
-        pytest.param(STEPS[step], changes, id=f"{step}-{name}")
-        for step in ("vllm_step", "fused_step")
-        for name, changes in CONFIGURATIONS.items()
-    ],
-)
+@pytest.mark.parametrize("changes", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
+@pytest.mark.parametrize("step", [STEPS["vllm_step"], STEPS["fused_step"]], ids=["vllm_step", "fused_step"])
 def test_small_configurations_equal_transformers(step, changes, tmp_path):
     path = save_random(tmp_path, **(WIDE | changes))
     with Engine(path, **DEFAULTS, additional_config=step) as engine:

@@ -1,8 +1,11 @@
 """The package as vLLM's plugin: found, cheap, re-entrant, and of no effect on other models."""
 
 import logging
+import os
+import pathlib
 import subprocess
 import sys
+import types
 from importlib import metadata
 
 import pytest
@@ -10,7 +13,9 @@ from vllm import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
 import vllm_bamba
+from vllm_bamba import compat
 from vllm_bamba.config import BambaServingConfig
+from vllm_bamba.registration import ENTRY, InspectedHere
 
 NAME = "BambaForCausalLM"
 
@@ -72,7 +77,7 @@ def test_registering_imports_no_model_code(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.delitem(sys.modules, name)
     vllm_bamba.register()
     imported = {name for name in sys.modules if name.startswith("vllm_bamba.")}
-    assert imported == {"vllm_bamba.config", "vllm_bamba.sharding"}
+    assert imported == {"vllm_bamba.config", "vllm_bamba.registration", "vllm_bamba.sharding"}
     for name in imported:
         monkeypatch.delitem(sys.modules, name)
 
@@ -83,6 +88,38 @@ def test_vllm_finds_the_class_by_its_name() -> None:
 
     vllm_bamba.register()
     assert ModelRegistry.models[NAME].load_model_cls() is BambaForCausalLM
+
+
+def test_vllm_asks_the_class_without_a_process_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    def run(*args: object, **options: object) -> None:
+        raise AssertionError("started a process")
+
+    monkeypatch.setattr("vllm.model_executor.models.registry._run_in_subprocess", run)
+    monkeypatch.setattr(InspectedHere, "_get_cache_dir", staticmethod(lambda: tmp_path))  # nothing is known yet
+    assert ENTRY.inspect_model_cls().is_hybrid
+    assert [*tmp_path.iterdir()], "the next start should find what this one learned"
+
+
+@pytest.mark.parametrize("named", [None, "/kernels"])
+def test_kernels_are_kept_in_vllms_cache_or_where_the_user_says(
+    named: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setattr(compat, "current_platform", types.SimpleNamespace(is_cuda_alike=lambda: True))
+    monkeypatch.setattr(compat.envs, "VLLM_CACHE_ROOT", str(tmp_path), raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", named or "")  # put back afterwards, whatever becomes of it
+    if named is None:
+        monkeypatch.delenv("TRITON_CACHE_DIR")
+    compat.keep_compiled_kernels()
+    assert os.environ["TRITON_CACHE_DIR"] == (named or str(tmp_path / "triton_cache"))
+
+
+@pytest.mark.gpu
+def test_importing_the_model_does_not_wake_cuda_up() -> None:
+    code = "import torch, vllm_bamba.model; print(torch.cuda.is_available(), torch.cuda.is_initialized())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split()[-2:] == ["True", "False"]
 
 
 def test_vllm_sees_what_the_model_can_do() -> None:

@@ -63,6 +63,7 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from vllm_bamba.config import BambaServingConfig
+    from vllm_bamba.registration import ENTRY
 
-    ModelRegistry.register_model("BambaForCausalLM", "vllm_bamba.model:BambaForCausalLM")
+    ModelRegistry.models["BambaForCausalLM"] = ENTRY
     MODELS_CONFIG_MAP["BambaForCausalLM"] = BambaServingConfig

@@ -8,6 +8,10 @@ Each was read in 0.32 and 0.33, unless it says otherwise, and run in 0.32 on CPU
 
 `MODELS_CONFIG_MAP` (in `register`)
     Checks before weights are loaded. Goes when vLLM has a public hook.
+`_LazyRegisteredModel` in `ModelRegistry.models`, `_run_in_subprocess` (in `registration.py`)
+    A first start asks the class what it can do without a second Python for it. Goes when vLLM lets plugins say so.
+`TRITON_CACHE_DIR`
+    Kernels are kept from one start to the next: see `keep_compiled_kernels`. Goes when vLLM sets it in every start.
 operator `vllm::mamba_mixer2`
     Opaque to torch.compile and a place where CUDA graphs are cut; calls the layer's `conv_ssm_forward`. Goes when
     plugins can add operators to the list of those places.
@@ -80,6 +84,7 @@ Two of these work round bugs of vLLM's prefix caching, which serve wrong tokens:
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from types import ModuleType
@@ -87,6 +92,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import vllm.model_executor.layers.mamba.mamba_mixer2  # noqa: F401  registers vllm::mamba_mixer2
+from vllm import envs
 from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateCopyFuncCalculator,
     MambaStateDtypeCalculator,
@@ -122,6 +128,7 @@ __all__ = [
     "forget_autotuning",
     "free_blocks_in_order",
     "is_conv_state_dim_first",
+    "keep_compiled_kernels",
     "key_of",
     "measure_system_messages",
     "mix_opaquely",
@@ -178,6 +185,17 @@ def choose_state_dtype(vllm_config: VllmConfig) -> None:
     """
     if current_platform.is_cpu() and vllm_config.cache_config.mamba_ssm_cache_dtype == "auto":
         vllm_config.cache_config.mamba_ssm_cache_dtype = "float32"
+
+
+def keep_compiled_kernels() -> None:
+    """Have Triton keep all kernels of this process in one folder of vLLM's cache, unless the user has named another.
+
+    By default a first start leaves most of them in a folder of Inductor's, for this configuration alone, and the next
+    start, which loads what Inductor made and never calls it, looks for them in Triton's own: it makes them all again.
+    Seen in 0.33 with torch 2.11.
+    """
+    if current_platform.is_cuda_alike():
+        os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(envs.VLLM_CACHE_ROOT, "triton_cache"))
 
 
 def mix_opaquely(projected: torch.Tensor, mixed: torch.Tensor, layer_name: str) -> None:

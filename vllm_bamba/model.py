@@ -35,7 +35,7 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_bamba.compat import MambaStateCopyFuncCalculator, prepare_lora
+from vllm_bamba.compat import MambaStateCopyFuncCalculator, keep_compiled_kernels, prepare_lora
 from vllm_bamba.config import BambaShape
 from vllm_bamba.mixer import BambaMixer
 from vllm_bamba.prefix.options import attention_spec
@@ -243,6 +243,7 @@ class BambaForCausalLM(
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
+        keep_compiled_kernels()
         self.config = vllm_config.model_config.hf_config
         self.shape = BambaShape.from_hf(self.config)
         self.complete = False  # whether all weights have been loaded once; later loads may bring some

@@ -19,7 +19,9 @@ fail() { # a line each: what is wrong, then what to do
     shift
     [ $# -eq 0 ] || printf '       %s\n' "$@" >&2
     if [ -s "$log" ]; then
-        printf -- '---- the last lines of %s\n' "$log" >&2
+        printf -- '---- the first errors in %s\n' "$log" >&2
+        grep -m 5 -E '(Error|Exception)\b' "$log" >&2 || true
+        printf -- '---- and its last lines\n' >&2
         tail -n 30 "$log" >&2
     fi
     exit 1

@@ -1,8 +1,8 @@
-"""What prefix caching takes of the scheduler's process in each step, where it finds nothing: none, vLLM's, our slots.
+"""What a step takes of the scheduler's process where no prefix is found: vLLM's scheduler and ours, caching or not.
 
     python benchmarks/bench_scheduler.py
     python benchmarks/bench_scheduler.py --together
-    python benchmarks/bench_scheduler.py --modes align slots --profile /tmp/scheduler
+    python benchmarks/bench_scheduler.py --modes vllm_align slots --profile /tmp/scheduler
 
 vLLM's real scheduler and cache managers run at Bamba-9B's geometry, without a model and on no GPU. Each mode is an
 engine that generates for as many requests as a batch has: one that ends makes room for the next, no two prompts begin
@@ -29,7 +29,13 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 import vllm_bamba
 
-MODES: dict[str, dict[str, Any]] = {"none": {"caching": False}, "align": {"slots": False}, "slots": {}}
+VLLM = "vllm_"  # begins the names of modes with vLLM's own scheduler
+MODES: dict[str, dict[str, Any]] = {
+    "vllm_none": {"caching": False, "slots": False},
+    "vllm_align": {"slots": False},
+    "none": {"caching": False},
+    "slots": {},
+}
 CHUNKS = 8192  # tokens of a step
 
 
@@ -141,22 +147,24 @@ def main(argv: Sequence[str]) -> None:
     args = arguments(argv)
     vllm_bamba.register()
     results = Results.of(
-        "bench_scheduler", args, list(argv), variant="simulated", model="bamba-9b", weights="none", batch=args.batch,
+        "bench_scheduler", args, list(argv), model="bamba-9b", weights="none", batch=args.batch,
         case="batch starts at once" if args.together else "batch always full", prompt_tokens=args.prompt,
         output_tokens=args.answer, dtype="bfloat16", state_dtype="bfloat16", verified="n/a: no model",
     )  # fmt: skip
-    print("caching   median     mean      p99   of the process: median     mean   [ms of a step]")
+    print("caching      median     mean      p99   of the process: median     mean   [ms of a step]")
     for mode, engine in measure(args).items():
         wall, cpu = Samples(tuple(engine.wall)), Samples(tuple(engine.cpu))
         mean, p99 = statistics.mean(wall.values), sorted(wall.values)[wall.count * 99 // 100]
         cpu_mean = statistics.mean(cpu.values)
-        print(f"{mode:7} {wall.median:8.2f} {mean:8.2f} {p99:8.2f} {cpu.median:24.2f} {cpu_mean:8.2f}", flush=True)
+        print(f"{mode:10} {wall.median:8.2f} {mean:8.2f} {p99:8.2f} {cpu.median:24.2f} {cpu_mean:8.2f}", flush=True)
         if engine.profiler:  # which slows down what it sees: no rows
             args.profile.mkdir(parents=True, exist_ok=True)
             engine.profiler.dump_stats(args.profile / f"{mode}.prof")
             continue
         details = f"mean {mean:.3f}, p99 {p99:.3f}; of the process: median {cpu.median:.3f}, mean {cpu_mean:.3f}"
-        results.add_samples(wall, metric="scheduler_step", unit="ms", cache_mode=mode, details=details)
+        variant, cache_mode = ("vllm", mode[len(VLLM) :]) if mode.startswith(VLLM) else ("vllm_bamba", mode)
+        columns = {"variant": variant, "cache_mode": cache_mode, "details": details}
+        results.add_samples(wall, metric="scheduler_step", unit="ms", **columns)
     progress(f"profiles are in {args.profile}" if args.profile else f"rows are in {results.file}")
 
 

@@ -90,7 +90,7 @@ class Simulator:
 
     Args:
         geometry: of its cache.
-        slots: with prefix-aware slots, or vLLM alone.
+        slots: with this plugin's scheduler, and slots where prefixes are cached, or vLLM alone.
         caching: whether prefixes are cached at all.
         unit: `--prefix-match-unit`.
         asynchronous: schedule each step before the one before is done.
@@ -127,9 +127,9 @@ class Simulator:
         cache.block_size, cache.prefix_match_unit = block, unit
         cache.mamba_block_size = block if caching else geometry.max_tokens
         config.scheduler_config.scheduler_cls, config.scheduler_config.async_scheduling = None, asynchronous
-        slots = slots and caching
         if slots:
             configure(config)
+        slots = slots and caching
         register_all_kvcache_specs(config)
         page = block * 4096
         states: KVCacheSpec = MambaSpec(

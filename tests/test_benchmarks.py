@@ -439,8 +439,9 @@ def test_scheduler_is_timed_in_every_mode(more, tmp_path, capsys):
     assert not rows.results_file(tmp_path).exists(), "the profiler's overhead is no result"
     bench_scheduler.main([*size, *more, *common(tmp_path)])
     found = read(tmp_path, "bench_scheduler")
-    assert [row["cache_mode"] for row in found] == ["none", "align", "slots"]
+    modes = [(row["variant"], row["cache_mode"]) for row in found]
+    assert modes == [("vllm", "none"), ("vllm", "align"), ("vllm_bamba", "none"), ("vllm_bamba", "slots")]
     assert values(found, "metric") == {"scheduler_step"}
     assert values(found, "repeats") == {"60"}
-    assert len(list((tmp_path / "profile").glob("*.prof"))) == 3
+    assert len(list((tmp_path / "profile").glob("*.prof"))) == 4
     assert "p99" in capsys.readouterr().out

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_bamba.prefix.options import SCHEDULER, SlotOptions, configure, shared_tokens, system_tokens
+from vllm_bamba.prefix.options import SCHEDULER, SlotOptions, active, configure, shared_tokens, system_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +98,17 @@ def test_what_was_not_tried_with_slots_leaves_vllm_alone_and_says_so(
 def test_a_match_unit_without_slots_is_refused() -> None:
     with pytest.raises(ValueError, match="--prefix-match-unit"):
         configure(config(additional_config={"bamba_prefix_slots": False}, cache_config__prefix_match_unit=16))
+
+
+@pytest.mark.parametrize(("changes", "scheduler"), [({}, SCHEDULER), ({"speculative_config": object()}, None)])
+def test_without_caching_there_are_no_slots_but_our_scheduler_where_it_was_tried(
+    changes: dict[str, object], scheduler: str | None
+) -> None:
+    made = config(cache_config__enable_prefix_caching=False, **changes)
+    configure(made)
+    assert made.scheduler_config.scheduler_cls == scheduler
+    assert not active(made)
+    assert made.cache_config.prefix_match_unit is None
 
 
 def test_no_caching_and_short_contexts_are_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -137,7 +137,7 @@ def assert_consistent(engine: Simulator) -> None:
     """All blocks are free, and each slot is whole: a state of every group and all attention blocks, with keys."""
     pool, slots = engine.scheduler.kv_cache_manager.block_pool, engine.scheduler.slots
     assert pool.get_num_free_blocks() == engine.geometry.blocks - 1
-    assert slots.plans == slots.places == {}
+    assert slots.plans == {}
     for key, states in slots._states.items():
         assert len(states) == engine.geometry.mamba_groups
         assert all(block.block_hash is not None for block in states + slots._texts[key])
@@ -211,10 +211,20 @@ def test_random_traffic_never_builds_on_another_text(seed: int, asynchronous: bo
 @pytest.mark.parametrize("seed", [3, 5, 6, 10])  # 5 and 10: attention blocks of 80 tokens, which 32 does not divide
 def test_groups_need_not_be_asked_where_nothing_is_due(seed: int, asynchronous: bool, unit: int, monkeypatch) -> None:
     asked_where_due = drive(seed, asynchronous=asynchronous, unit=unit)
-    monkeypatch.setattr(scheduler, "OnlyWhereDue", lambda manager, slots: None)
+    monkeypatch.setattr(scheduler, "OnlyWhereDue", lambda manager: None)
     asked_always = drive(seed, asynchronous=asynchronous, unit=unit)
     assert asked_where_due.seen == asked_always.seen
     assert asked_where_due.worker.tables == asked_always.worker.tables
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("seed", [3, 5, 6, 10])
+def test_without_caching_requests_get_what_vllms_scheduler_gives_them(seed: int, asynchronous: bool) -> None:
+    ours, vllms = (drive(seed, asynchronous=asynchronous, caching=False, slots=slots) for slots in (True, False))
+    assert isinstance(ours.scheduler, scheduler.Sparing)
+    assert not isinstance(vllms.scheduler, scheduler.Sparing)
+    assert ours.seen == vllms.seen
+    assert ours.worker.tables == vllms.worker.tables
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -10,7 +10,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -19,7 +20,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 from vllm.v1.request import Request
 
 from vllm_bamba.compat import add_key, key_of, register_manager
-from vllm_bamba.prefix.slots import Place, Slots
+from vllm_bamba.prefix.slots import Slots
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -170,16 +171,33 @@ class BambaAttentionManager(FullAttentionManager):
         return blocks
 
 
+class Place(NamedTuple):
+    """How far vLLM has gone through the groups for a request.
+
+    Attributes:
+        life: how often the request has lost all that it had.
+        allocated, keyed, freed: in multiples of some number of tokens.
+    """
+
+    life: int
+    allocated: int
+    keyed: int
+    freed: int
+
+
 class OnlyWhereDue:
     """Has vLLM go through all groups, and all blocks, of a request only where there is something to do.
 
     vLLM asks every group, for every token, what to allocate, what to give back and what to key. The answer is
-    "nothing" until the request passes a multiple of `grain` tokens, as an answer does in one step of sixteen.
+    "nothing" until the request passes a multiple of `grain` tokens, as an answer does in one step of sixteen with
+    slots, and of hundreds without caching.
     """
 
-    def __init__(self, manager: KVCacheManager, slots: Slots):
-        self.manager, self.slots = manager, slots
-        self.grain = gcd(*manager.coordinator.group_block_sizes)
+    def __init__(self, manager: KVCacheManager):
+        self.manager = manager
+        longest = manager.max_model_len
+        self.grain = gcd(*(size for size in manager.coordinator.group_block_sizes if size < longest)) or longest
+        self._places: WeakKeyDictionary[Request, Place] = WeakKeyDictionary()
         self._allocate, self._cache = manager.allocate_slots, manager.cache_blocks
         manager.allocate_slots = self.allocate_slots  # type: ignore[method-assign]
         manager.cache_blocks = self.cache_blocks  # type: ignore[method-assign]
@@ -192,9 +210,10 @@ class OnlyWhereDue:
         end = start + num_new_tokens
         known = min(end, request.num_tokens)
         done = max(start - request.num_in_flight_tokens, 0)
-        place = Place((end - 1) // self.grain, known // self.grain, (done - 1) // self.grain)
-        before = self.slots.places.get(request.request_id)
-        if before is None or before[:2] != place[:2]:
+        grain = self.grain
+        place = Place(request.num_preemptions, (end - 1) // grain, known // grain, (done - 1) // grain)
+        before = self._places.get(request)
+        if before is None or before[:3] != place[:3]:
             blocks = self._allocate(request, num_new_tokens, num_new_computed_tokens, **more)
             if blocks is None:
                 return None
@@ -202,11 +221,11 @@ class OnlyWhereDue:
             blocks = self.manager.empty_kv_cache_blocks
             if before.freed != place.freed:
                 self.manager.remove_skipped_blocks(request.request_id, done, request.num_prompt_tokens)
-        self.slots.places[request.request_id] = place
+        self._places[request] = place
         return blocks
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        place = self.slots.places.get(request.request_id)
+        place = self._places.get(request)
         if place is None or place.keyed != num_computed_tokens // self.grain:
             self._cache(request, num_computed_tokens)
 

@@ -86,11 +86,13 @@ def _tokens(sampling_params: Any, key: str) -> int:
 
 def active(vllm_config: VllmConfig) -> bool:
     """Whether this engine uses slots; the same in every one of its processes."""
-    return vllm_config.scheduler_config.scheduler_cls == SCHEDULER
+    return vllm_config.cache_config.enable_prefix_caching and vllm_config.scheduler_config.scheduler_cls == SCHEDULER
 
 
 def configure(vllm_config: VllmConfig, has_attention: bool = True) -> None:
     """Turn slots on, or say why there are none; `has_attention`: whether the model has an attention layer.
+
+    Without prefix caching the scheduler is ours, too: it asks less of the cache.
 
     Raises:
         ValueError: an option has a value that makes no sense, or vLLM's own caching would be wrong with it.
@@ -99,12 +101,15 @@ def configure(vllm_config: VllmConfig, has_attention: bool = True) -> None:
 
     cache = vllm_config.cache_config
     options = SlotOptions.of(vllm_config)
-    if active(vllm_config):
+    if vllm_config.scheduler_config.scheduler_cls == SCHEDULER:
         return
+    reason = _obstacle(vllm_config, has_attention)
     if not cache.enable_prefix_caching:
         logger.warning("Prefix caching is off by option: every request computes its whole prompt.")
+        if reason is None:
+            vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         return
-    if reason := _obstacle(vllm_config, has_attention):
+    if reason:
         options = SlotOptions(on=False)
         logger.warning("Prefixes are cached in steps of the attention block only: %s.", reason)
     if not options.on:

@@ -1,4 +1,4 @@
-"""vLLM's schedulers, whose prefills stop exactly where a slot is wanted."""
+"""vLLM's schedulers, which ask less of the cache, and whose prefills stop exactly where a slot is wanted."""
 
 from __future__ import annotations
 
@@ -9,19 +9,30 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_bamba.prefix.managers import OnlyWhereDue
-from vllm_bamba.prefix.options import SlotOptions, shared_tokens, system_tokens
+from vllm_bamba.prefix.options import SlotOptions, active, shared_tokens, system_tokens
 from vllm_bamba.prefix.policy import chunk_tokens, inner_position, plan_prefill
 from vllm_bamba.prefix.slots import Slots
 
 
-class PrefixAware(Scheduler):
-    """What both schedulers have in common."""
+class Sparing(Scheduler):
+    """Asks the groups of the cache only where one has something to do."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        OnlyWhereDue(self.kv_cache_manager)
+
+
+class SparingAsync(Sparing, AsyncScheduler):
+    """The next step is scheduled while one runs."""
+
+
+class PrefixAware(Sparing):
+    """With slots."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.slots = Slots.of(self.kv_cache_manager.block_pool)
         self.slots.limit(SlotOptions.of(self.vllm_config).share)
-        OnlyWhereDue(self.kv_cache_manager, self.slots)
 
     def _mamba_block_aligned_split(
         self,
@@ -69,15 +80,12 @@ class PrefixAware(Scheduler):
         return done
 
 
-class PrefixAwareScheduler(PrefixAware):
-    """Each step is scheduled when the one before is done."""
-
-
-class PrefixAwareAsyncScheduler(PrefixAware, AsyncScheduler):
+class PrefixAwareAsync(PrefixAware, AsyncScheduler):
     """The next step is scheduled while one runs."""
 
 
-def build(vllm_config: Any, **kwargs: Any) -> PrefixAware:
+def build(vllm_config: Any, **kwargs: Any) -> Sparing:
     """The scheduler for this configuration; vLLM's `scheduler_cls` names this function."""
-    kind = PrefixAwareAsyncScheduler if vllm_config.scheduler_config.async_scheduling else PrefixAwareScheduler
-    return kind(vllm_config=vllm_config, **kwargs)
+    asynchronous = vllm_config.scheduler_config.async_scheduling
+    with_slots, without = (PrefixAwareAsync, SparingAsync) if asynchronous else (PrefixAware, Sparing)
+    return (with_slots if active(vllm_config) else without)(vllm_config=vllm_config, **kwargs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from vllm_bamba.compat import before_allocation, free_blocks_in_order, move_to_front, remove_keys
 from vllm_bamba.prefix.policy import PREFILLS, Key, Kind, SlotTable
@@ -22,14 +22,6 @@ if TYPE_CHECKING:
     from vllm_bamba.prefix.managers import BambaAttentionManager
 
 
-class Place(NamedTuple):
-    """How far vLLM has gone through the groups for a request, in multiples of some number of tokens."""
-
-    allocated: int
-    keyed: int
-    freed: int
-
-
 class Slots:
     """What the managers of all groups and the scheduler share."""
 
@@ -39,7 +31,6 @@ class Slots:
         self.attention: BambaAttentionManager | None = None
         self.table = SlotTable(0)
         self.plans: dict[str, dict[int, Kind]] = {}
-        self.places: dict[str, Place] = {}
         self._states: dict[Key, list[KVCacheBlock]] = {}
         self._texts: dict[Key, list[KVCacheBlock]] = {}
         self._owners: dict[int, dict[Key, None]] = {}  # block id -> slots that hold it, in order
@@ -114,7 +105,7 @@ class Slots:
         for block in blocks:
             if not block.is_null and block.ref_cnt == 1 and block.block_id not in self._owners:
                 remove_keys(self.pool, block)
-        for of_request in (self.plans, self.places, self._lineage, self._newest):
+        for of_request in (self.plans, self._lineage, self._newest):
             of_request.pop(request_id, None)
 
     def withdraw(self, request_id: str, blocks: list[KVCacheBlock]) -> None:

@@ -261,6 +261,8 @@ def engine(**changes: object) -> SimpleNamespace:
         "connector": None,
         "offloading": None,
         "dtype": torch.bfloat16,
+        "scheduler": None,
+        "inductor": {},
     } | changes
     return SimpleNamespace(
         model_config=SimpleNamespace(
@@ -270,24 +272,29 @@ def engine(**changes: object) -> SimpleNamespace:
             quantization=values["quantization"],
             dtype=values["dtype"],
         ),
-        parallel_config=SimpleNamespace(tensor_parallel_size=values["tensor"]),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=values["tensor"], decode_context_parallel_size=1, prefill_context_parallel_size=1
+        ),
         load_config=SimpleNamespace(load_format="auto"),
         cache_config=SimpleNamespace(
             use_replayssm=values["replay"],
             mamba_ssm_cache_dtype=values["state_dtype"],
             enable_prefix_caching=False,
             kv_offloading_size=values["offloading"],
+            prefix_cache_retention_interval=None,
         ),
-        scheduler_config=SimpleNamespace(scheduler_cls=None),
+        scheduler_config=SimpleNamespace(scheduler_cls=values["scheduler"]),
+        compilation_config=SimpleNamespace(inductor_compile_config=values["inductor"]),
         additional_config={},
         speculative_config=values["speculative"],
         lora_config=values["lora"],
         kv_transfer_config=values["connector"],
+        kv_events_config=None,
     )
 
 
 def test_the_hook_accepts_a_good_model_and_changes_nothing_that_the_user_chose() -> None:
-    config = engine(tensor=2, state_dtype="bfloat16")
+    config = engine(tensor=2, state_dtype="bfloat16", scheduler="some.Scheduler", inductor={"shape_padding": True})
     before = repr(config)
     BambaServingConfig.verify_and_update_config(config)
     assert repr(config) == before
@@ -314,6 +321,32 @@ def test_state_is_kept_in_fp32_where_the_step_does_not_round(
     config = engine()
     compat.choose_state_dtype(config)
     assert config.cache_config.mamba_ssm_cache_dtype == dtype
+
+
+@pytest.mark.parametrize(("chosen", "apart"), [({}, 580), ({"shape_padding": True}, 584)])
+def test_rows_of_products_stay_where_the_next_piece_looks_for_them(
+    chosen: dict[str, object], apart: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor's padding, which it leaves to GPUs, does what `keep_strides` is there for: the second case."""
+    from torch._inductor import standalone_compile
+    from torch._inductor.fx_passes import pad_mm
+
+    config = engine(inductor=dict(chosen))
+    compat.keep_strides(config)
+    monkeypatch.setattr(pad_mm, "check_device", lambda *of: True)
+    monkeypatch.setattr(pad_mm, "has_triton", lambda: True)
+    options = config.compilation_config.inductor_compile_config | {
+        "force_shape_pad": True,
+        "force_disable_caches": True,
+    }
+
+    def piece(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        return standalone_compile(graph, inputs, dynamic_shapes="from_graph", options={"config_patches": options})
+
+    x, weight = torch.randn(6, 16, dtype=torch.bfloat16), torch.randn(580, 16, dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    product = torch.compile(lambda x: (x @ weight.t(),), backend=piece, fullgraph=True)(x)[0]
+    assert product.stride() == (apart, 1)
 
 
 @pytest.mark.parametrize("cpu", [True, False], ids=["cpu", "gpu"])

@@ -10,6 +10,8 @@ Each was read in 0.32 and 0.33, unless it says otherwise, and run in 0.32 on CPU
     Checks before weights are loaded. Goes when vLLM has a public hook.
 `_LazyRegisteredModel` in `ModelRegistry.models`, `_run_in_subprocess` (in `registration.py`)
     A first start asks the class what it can do without a second Python for it. Goes when vLLM lets plugins say so.
+`CompilationConfig.inductor_compile_config`
+    Products between pieces of the model keep their strides: see `keep_strides`. Goes when pieces check their inputs.
 `TRITON_CACHE_DIR`
     Kernels are kept from one start to the next: see `keep_compiled_kernels`. Goes when vLLM sets it in every start.
 operator `vllm::mamba_mixer2`
@@ -129,6 +131,7 @@ __all__ = [
     "free_blocks_in_order",
     "is_conv_state_dim_first",
     "keep_compiled_kernels",
+    "keep_strides",
     "key_of",
     "measure_system_messages",
     "mix_opaquely",
@@ -185,6 +188,17 @@ def choose_state_dtype(vllm_config: VllmConfig) -> None:
     """
     if current_platform.is_cpu() and vllm_config.cache_config.mamba_ssm_cache_dtype == "auto":
         vllm_config.cache_config.mamba_ssm_cache_dtype = "float32"
+
+
+def keep_strides(vllm_config: VllmConfig) -> None:
+    """Have torch.compile hand on products as they are, unless the user chose.
+
+    Inductor may compute a product whose sizes are not multiples of 8 as part of a wider one, if that looks faster when
+    the model is compiled. Rows of its result then lie further apart than the next piece of the model was compiled for,
+    which looks for a gate there; vLLM has turned off the checks that would notice. Seen in 0.33 with torch 2.11: an
+    in_proj of 580 rows, wrong answers of one start in three on a busy machine. Goes when pieces check their inputs.
+    """
+    vllm_config.compilation_config.inductor_compile_config.setdefault("shape_padding", False)
 
 
 def keep_compiled_kernels() -> None:

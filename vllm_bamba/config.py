@@ -186,7 +186,7 @@ class BambaServingConfig(VerifyAndUpdateConfig):
         Raises:
             ValueError: naming the field or flag and what to do about it.
         """
-        from vllm_bamba.compat import check_options, choose_state_dtype
+        from vllm_bamba.compat import check_options, choose_state_dtype, keep_strides
         from vllm_bamba.prefix.options import configure
         from vllm_bamba.state import mixer_shard
         from vllm_bamba.step_options import check_step
@@ -205,5 +205,6 @@ class BambaServingConfig(VerifyAndUpdateConfig):
         check_options(vllm_config, sum(mixer_shard(shape, tensor_parallel).in_proj_sizes) // tensor_parallel)
         check_step(vllm_config, shape)
         choose_state_dtype(vllm_config)
+        keep_strides(vllm_config)
         configure(vllm_config, has_attention=bool(shape.attention_layers))
         check_files(vllm_config.model_config.model, vllm_config.load_config.load_format)

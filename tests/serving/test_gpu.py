@@ -71,6 +71,16 @@ def test_small_configurations_equal_transformers(step, changes, tmp_path):
     check_low_precision(answers, *references(path))
 
 
+@each_step
+def test_products_that_inductor_would_pad_equal_transformers(step, tmp_path):
+    """Whatever it finds faster: 580 rows of in_proj are not a multiple of 8."""
+    path = save_random(tmp_path, **WIDE)
+    padded = {"inductor_compile_config": {"force_shape_pad": True}}
+    with Engine(path, **DEFAULTS, additional_config=step, compilation_config=padded) as engine:
+        answers = engine.answers(random_prompts(LENGTHS), 16)
+    check_low_precision(answers, *references(path))
+
+
 @pytest.mark.parametrize("eager", [False, True], ids=["compiled_with_cuda_graphs", "eager"])
 @pytest.mark.parametrize("step", [*STEPS.values(), FP8], ids=[*STEPS, "fused_step_fp8"])
 def test_embedded_checkpoint_equals_transformers(step, eager, tiny):

@@ -80,12 +80,12 @@ def _commit() -> str:
 
 
 def _what_matters(argv: list[str]) -> list[str]:
-    """Arguments without those that only say where rows go and from which commit."""
+    """Arguments without those that only say where rows and logs go and from which commit."""
     kept, rest = [], iter(argv)
     for argument in rest:
-        if argument in ("--results", "--commit"):
+        if argument in ("--results", "--commit", "--logs"):
             next(rest)
-        elif not argument.startswith(("--results=", "--commit=")):
+        elif not argument.startswith(("--results=", "--commit=", "--logs=")):
             kept.append(argument)
     return kept
 

@@ -15,7 +15,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 import vllm_bamba
 from vllm_bamba import compat
 from vllm_bamba.config import BambaServingConfig
-from vllm_bamba.registration import ENTRY, InspectedHere
+from vllm_bamba.registration import InspectedHere
 
 NAME = "BambaForCausalLM"
 
@@ -53,6 +53,7 @@ def test_registering_changes_no_other_architecture() -> None:
     vllm_bamba.register()
     models_after, hooks_after = maps()
     registered = models_after.pop(NAME)
+    assert isinstance(registered, InspectedHere)
     assert (registered.module_name, registered.class_name) == ("vllm_bamba.model", NAME)
     assert hooks_after.pop(NAME) is BambaServingConfig
     assert models_after == models
@@ -98,8 +99,17 @@ def test_vllm_asks_the_class_without_a_process_of_its_own(
 
     monkeypatch.setattr("vllm.model_executor.models.registry._run_in_subprocess", run)
     monkeypatch.setattr(InspectedHere, "_get_cache_dir", staticmethod(lambda: tmp_path))  # nothing is known yet
-    assert ENTRY.inspect_model_cls().is_hybrid
+    vllm_bamba.register()
+    assert ModelRegistry.models[NAME].inspect_model_cls().is_hybrid
     assert [*tmp_path.iterdir()], "the next start should find what this one learned"
+
+
+@pytest.mark.usefixtures("unregistered")
+def test_a_vllm_without_such_entries_is_told_of_the_model_as_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    vllms = type(ModelRegistry.models["LlamaForCausalLM"])
+    monkeypatch.setitem(sys.modules, "vllm_bamba.registration", None)
+    vllm_bamba.register()
+    assert type(ModelRegistry.models[NAME]) is vllms
 
 
 @pytest.mark.parametrize("named", [None, "/kernels"])

@@ -3,6 +3,7 @@
 vLLM finds `register` through the entry point group `vllm.general_plugins` and calls it in every process.
 """
 
+import contextlib
 import logging
 from importlib import metadata
 
@@ -63,7 +64,10 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from vllm_bamba.config import BambaServingConfig
-    from vllm_bamba.registration import ENTRY
 
-    ModelRegistry.models["BambaForCausalLM"] = ENTRY
+    ModelRegistry.register_model("BambaForCausalLM", "vllm_bamba.model:BambaForCausalLM")
+    with contextlib.suppress(ImportError, AttributeError):  # a later vLLM may not have what this is made of
+        from vllm_bamba.registration import InspectedHere
+
+        ModelRegistry.models["BambaForCausalLM"] = InspectedHere("vllm_bamba.model", "BambaForCausalLM")
     MODELS_CONFIG_MAP["BambaForCausalLM"] = BambaServingConfig

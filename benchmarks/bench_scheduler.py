@@ -29,12 +29,12 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 import vllm_bamba
 
-VLLM = "vllm_"  # begins the names of modes with vLLM's own scheduler
-MODES: dict[str, dict[str, Any]] = {
-    "vllm_none": {"caching": False, "slots": False},
-    "vllm_align": {"slots": False},
-    "none": {"caching": False},
-    "slots": {},
+# mode -> whose scheduler, how prefixes are cached, what the simulator is asked for
+MODES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "vllm_none": ("vllm", "none", {"caching": False, "slots": False}),
+    "vllm_align": ("vllm", "align", {"slots": False}),
+    "none": ("vllm_bamba", "none", {"caching": False}),
+    "slots": ("vllm_bamba", "slots", {}),
 }
 CHUNKS = 8192  # tokens of a step
 
@@ -69,7 +69,7 @@ class Busy(Simulator):
     def __init__(self, args: argparse.Namespace, mode: str):
         longest = max(2048, args.prompt + args.answer)
         geometry = Geometry(blocks=args.blocks, max_tokens=longest, max_batch=CHUNKS, max_requests=args.batch)
-        super().__init__(geometry, asynchronous=not args.synchronous, **MODES[mode])
+        super().__init__(geometry, asynchronous=not args.synchronous, **MODES[mode][2])
         self.args, self.tokens = args, random.Random(args.seed)
         self.profiler = cProfile.Profile() if args.profile else None
         self.wall: list[float] = []
@@ -162,7 +162,7 @@ def main(argv: Sequence[str]) -> None:
             engine.profiler.dump_stats(args.profile / f"{mode}.prof")
             continue
         details = f"mean {mean:.3f}, p99 {p99:.3f}; of the process: median {cpu.median:.3f}, mean {cpu_mean:.3f}"
-        variant, cache_mode = ("vllm", mode[len(VLLM) :]) if mode.startswith(VLLM) else ("vllm_bamba", mode)
+        variant, cache_mode, _ = MODES[mode]
         columns = {"variant": variant, "cache_mode": cache_mode, "details": details}
         results.add_samples(wall, metric="scheduler_step", unit="ms", **columns)
     progress(f"profiles are in {args.profile}" if args.profile else f"rows are in {results.file}")

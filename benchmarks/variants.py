@@ -2,7 +2,7 @@
 
 | variant | decode step | prefix caching |
 |---|---|---|
-| `vllm_operators` | this plugin's model on vLLM's operators | off |
+| `vllm_operators` | this plugin's model on vLLM's operators, with vLLM's scheduler | off |
 | `vllm_operators_align` | the same | vLLM's own, in steps of the attention block |
 | `vllm_operators_slots` | the same | prefix-aware slots |
 | `fused` | our own kernel | off |
@@ -31,7 +31,7 @@ from transformers import PreTrainedConfig
 
 # variant -> what the engine is asked for
 VARIANTS: dict[str, dict[str, Any]] = {
-    "vllm_operators": {"additional_config": {"bamba_fused_step": False}},
+    "vllm_operators": {"additional_config": {"bamba_fused_step": False, "bamba_prefix_slots": False}},
     "vllm_operators_align": {
         "enable_prefix_caching": True,
         "additional_config": {"bamba_fused_step": False, "bamba_prefix_slots": False},

@@ -105,9 +105,12 @@ def test_vllm_asks_the_class_without_a_process_of_its_own(
 
 
 @pytest.mark.usefixtures("unregistered")
-def test_a_vllm_without_such_entries_is_told_of_the_model_as_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("another", [None, types.SimpleNamespace(), types.SimpleNamespace(InspectedHere=lambda: None)])
+def test_a_vllm_without_such_entries_is_told_of_the_model_as_it_likes(
+    another: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vllms = type(ModelRegistry.models["LlamaForCausalLM"])
-    monkeypatch.setitem(sys.modules, "vllm_bamba.registration", None)
+    monkeypatch.setitem(sys.modules, "vllm_bamba.registration", another)
     vllm_bamba.register()
     assert type(ModelRegistry.models[NAME]) is vllms
 

@@ -66,7 +66,7 @@ def register() -> None:
     from vllm_bamba.config import BambaServingConfig
 
     ModelRegistry.register_model("BambaForCausalLM", "vllm_bamba.model:BambaForCausalLM")
-    with contextlib.suppress(ImportError, AttributeError):  # a later vLLM may not have what this is made of
+    with contextlib.suppress(ImportError, AttributeError, TypeError):  # a later vLLM may know no such entries
         from vllm_bamba.registration import InspectedHere
 
         ModelRegistry.models["BambaForCausalLM"] = InspectedHere("vllm_bamba.model", "BambaForCausalLM")

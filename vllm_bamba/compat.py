@@ -4,14 +4,15 @@ Imports of vLLM's documented building blocks (`Attention`, the linear layers, `R
 modules that use them; what a model outside vLLM's tree would not normally touch stands here, but for the methods that
 `prefix/managers.py`, `prefix/scheduler.py`, `state_metadata.py`, `lora.py` and `linear.py` override.
 
-Each was read in 0.32 and 0.33, unless it says otherwise, and run in 0.32 on CPUs and in 0.33 on GPUs.
+Each was read in 0.32 and 0.33, and run in 0.32 on CPUs and in 0.33 on GPUs, unless it says otherwise.
 
 `MODELS_CONFIG_MAP` (in `register`)
     Checks before weights are loaded. Goes when vLLM has a public hook.
-`_LazyRegisteredModel` in `ModelRegistry.models`, `_run_in_subprocess` (in `registration.py`)
+`_LazyRegisteredModel` in `ModelRegistry.models`, `_ModelInfo` and where it is kept (in `registration.py`)
     A first start asks the class what it can do without a second Python for it. Goes when vLLM lets plugins say so.
 `CompilationConfig.inductor_compile_config`
-    Products between pieces of the model keep their strides: see `keep_strides`. Goes when pieces check their inputs.
+    Products between pieces of the model keep their strides: see `keep_strides` (not run on a GPU yet). Goes when pieces
+    check their inputs.
 `TRITON_CACHE_DIR`
     Kernels are kept from one start to the next: see `keep_compiled_kernels`. Goes when vLLM sets it in every start.
 operator `vllm::mamba_mixer2`
@@ -48,14 +49,16 @@ operator `vllm::mamba_mixer2`
 `vllm.lora.utils._all_lora_classes`
     Adapters of `in_proj` where B and C are copied to several ranks. Goes when vLLM asks layers for their wrapper.
 `scheduler_cls`, `Scheduler._mamba_block_aligned_split`
-    Where prefills stop. Goes when vLLM has a public hook.
+    Where prefills stop, and whom the scheduler asks (without caching not run on a GPU yet). Goes when vLLM has a public
+    hook.
 the same, and `MambaManager.cache_blocks`
     vLLM publishes a wrong state where prompts part: see below.
 `MambaSpec.state_content_size_bytes`
     vLLM cuts copies of shared attention blocks short: see below.
 `Scheduler._preempt_request`, `Scheduler.reset_prefix_cache`
     Steps that are not run, caches that are emptied. Goes with the slots.
-`KVCacheManager.allocate_slots`, `.cache_blocks`, `.remove_skipped_blocks`, `Request.num_in_flight_tokens`
+`KVCacheManager.allocate_slots`, `.cache_blocks`, `.remove_skipped_blocks`, `.max_model_len`, its coordinator's
+`group_block_sizes`, `Request.num_in_flight_tokens`, `.num_preemptions`
     Groups are asked only when they have something to do. Goes when vLLM does not ask each of them for each token.
 `KVCacheManager.estimate_cached_tokens`
     Called once a request, before its first token is given out; vLLM's scans all blocks, ours stops at the last one with
@@ -166,8 +169,8 @@ def check_options(vllm_config: VllmConfig, in_proj_rows: int) -> None:
     compiled = not (current_platform.is_cpu() or vllm_config.model_config.enforce_eager)
     if lora is not None and compiled and in_proj_rows % 8:
         raise ValueError(
-            f"LoRA: in_proj has {in_proj_rows} rows on each rank, not a multiple of 8. torch.compile pads that, "
-            "which vLLM's LoRA kernels refuse: use another --tensor-parallel-size or --enforce-eager."
+            f"LoRA: in_proj has {in_proj_rows} rows on each rank, not a multiple of 8, and vLLM's LoRA kernels refuse "
+            "what torch.compile may make of that: use another --tensor-parallel-size or --enforce-eager."
         )
 
 
@@ -206,7 +209,8 @@ def keep_compiled_kernels() -> None:
 
     By default a first start leaves most of them in a folder of Inductor's, for this configuration alone, and the next
     start, which loads what Inductor made and never calls it, looks for them in Triton's own: it makes them all again.
-    Seen in 0.33 with torch 2.11.
+    A process that has compiled something before looks as if the user had named that folder. Seen in 0.33 with torch
+    2.11.
     """
     if current_platform.is_cuda_alike():
         os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(envs.VLLM_CACHE_ROOT, "triton_cache"))

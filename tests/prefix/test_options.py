@@ -100,7 +100,14 @@ def test_a_match_unit_without_slots_is_refused() -> None:
         configure(config(additional_config={"bamba_prefix_slots": False}, cache_config__prefix_match_unit=16))
 
 
-@pytest.mark.parametrize(("changes", "scheduler"), [({}, SCHEDULER), ({"speculative_config": object()}, None)])
+@pytest.mark.parametrize(
+    ("changes", "scheduler"),
+    [
+        ({}, SCHEDULER),
+        ({"speculative_config": object()}, None),
+        ({"additional_config": {"bamba_prefix_slots": False}}, None),
+    ],
+)
 def test_without_caching_there_are_no_slots_but_our_scheduler_where_it_was_tried(
     changes: dict[str, object], scheduler: str | None
 ) -> None:

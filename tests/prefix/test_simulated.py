@@ -227,14 +227,32 @@ def test_without_caching_requests_get_what_vllms_scheduler_gives_them(seed: int,
     assert ours.worker.tables == vllms.worker.tables
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_an_answer_has_its_groups_asked_once_a_unit(asynchronous: bool, monkeypatch) -> None:
-    engine, asked = Simulator(asynchronous=asynchronous), []
+def questions(engine: Simulator, answer: int, monkeypatch) -> int:
+    """How often one request has all groups asked for blocks."""
+    asked: list[object] = []
     coordinator = engine.scheduler.kv_cache_manager.coordinator
     allocate = coordinator.allocate_new_blocks
     monkeypatch.setattr(coordinator, "allocate_new_blocks", lambda *args: asked.append(args) or allocate(*args))
-    engine.ask(text(1, 100), answer=320)
-    assert len(asked) <= 2 * (320 // 16 + 2)  # where a block begins and where a state is kept
+    engine.ask(text(1, 100), answer=answer)
+    return len(asked)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_answer_has_its_groups_asked_once_a_unit(asynchronous: bool, monkeypatch) -> None:
+    # where a block begins and where a state is kept
+    assert questions(Simulator(asynchronous=asynchronous), 320, monkeypatch) <= 2 * (320 // 16 + 2)
+
+
+@pytest.mark.parametrize("max_tokens", [32768, 512])  # a context shorter than a block: the block is all that there is
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_without_caching_groups_are_asked_once_a_block(asynchronous: bool, max_tokens: int, monkeypatch) -> None:
+    geometry = Geometry(attention_block=528, max_tokens=max_tokens)
+    answer = min(2000, max_tokens - 100)
+    blocks = -(-(100 + answer) // 528)
+    sparing = Simulator(geometry, caching=False, asynchronous=asynchronous)
+    # a context of 32768 tokens is one block of the states, 16 more than a multiple of 528
+    assert questions(sparing, answer, monkeypatch) <= 2 * blocks + 1
+    assert questions(Simulator(geometry, caching=False, slots=False), answer, monkeypatch) >= answer
 
 
 def test_cached_tokens_are_estimated_as_vllm_does() -> None:

@@ -10,7 +10,7 @@ are found at the same positions.
 | `options` | when all this is on, what users can set |
 | `slots` | which of vLLM's blocks a slot holds |
 | `managers` | vLLM's cache managers: what gets a key, and when |
-| `scheduler` | vLLM's schedulers: where a prefill stops |
+| `scheduler` | vLLM's schedulers: where a prefill stops, and whom of the managers to ask (without caching, too) |
 
 `benchmarks/simulator.py` runs vLLM's real scheduler and these managers without a model.
 """

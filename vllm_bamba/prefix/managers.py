@@ -189,8 +189,8 @@ class OnlyWhereDue:
     """Has vLLM go through all groups, and all blocks, of a request only where there is something to do.
 
     vLLM asks every group, for every token, what to allocate, what to give back and what to key. The answer is
-    "nothing" until the request passes a multiple of `grain` tokens, as an answer does in one step of sixteen with
-    slots, and of hundreds without caching.
+    "nothing" until the request passes a multiple of `grain` tokens: with slots, an answer does in one or two steps of
+    sixteen, and without caching in one or two of hundreds.
     """
 
     def __init__(self, manager: KVCacheManager):

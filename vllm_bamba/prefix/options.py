@@ -92,7 +92,7 @@ def active(vllm_config: VllmConfig) -> bool:
 def configure(vllm_config: VllmConfig, has_attention: bool = True) -> None:
     """Turn slots on, or say why there are none; `has_attention`: whether the model has an attention layer.
 
-    Without prefix caching the scheduler is ours, too: it asks less of the cache.
+    Without prefix caching the scheduler is ours, too, unless `bamba_prefix_slots` is off: it asks less of the cache.
 
     Raises:
         ValueError: an option has a value that makes no sense, or vLLM's own caching would be wrong with it.
@@ -106,7 +106,7 @@ def configure(vllm_config: VllmConfig, has_attention: bool = True) -> None:
     reason = _obstacle(vllm_config, has_attention)
     if not cache.enable_prefix_caching:
         logger.warning("Prefix caching is off by option: every request computes its whole prompt.")
-        if reason is None:
+        if options.on and reason is None:
             vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         return
     if reason:

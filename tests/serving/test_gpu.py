@@ -116,7 +116,7 @@ def test_adapter_equals_merged_model_and_leaves_other_requests_alone(step, tmp_p
     from test_lora import PROJECTIONS, save_adapter
     from vllm.lora.request import LoRARequest
 
-    # rows of in_proj a multiple of 8: torch.compile may pad others, and vLLM's LoRA kernels refuse what is not contiguous
+    # rows of in_proj a multiple of 8: torch.compile may pad others, and vLLM's LoRA kernels refuse what lies apart
     path = save_random(tmp_path / "base", **WIDE | {"mamba_n_heads": 8, "mamba_d_head": 32})
     merged = save_adapter(path, str(tmp_path / "adapter"), PROJECTIONS)
     merged.save_pretrained(tmp_path / "merged")

@@ -221,8 +221,9 @@ def write_conversations(
     """
     text = AutoTokenizer.from_pretrained(tokenizer)
     generator = torch.Generator().manual_seed(seed)
-    length = first + (turns - 1) * growth
-    tokens = torch.randint(3, len(text), (conversations, length), generator=generator).tolist()
+    drawn = torch.randint(3, len(text), (conversations, 2 * (first + (turns - 1) * growth)), generator=generator)
+    # random tokens need not come back from their text; those that did once do again
+    tokens = [text.encode(text.decode(of_one), add_special_tokens=False) for of_one in drawn.tolist()]
     with file.open("w") as out:
         for turn in range(turns):
             for conversation in tokens:

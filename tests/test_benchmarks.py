@@ -32,6 +32,7 @@ import startup
 import timing
 import variants
 from parity import Engine, assert_same, save_random
+from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the benchmarks themselves")
 ENGINE = "--enforce-eager --kv-cache-memory-bytes 67108864 --max-num-seqs 4"
@@ -422,6 +423,20 @@ def test_accuracy_reports_nothing_where_the_walk_is_not_the_model(readable, tmp_
     with pytest.raises(SystemExit, match="the walk is not Transformers' forward pass"):
         bench_accuracy.main([*readable, *common(tmp_path)])
     assert not rows.results_file(tmp_path).exists()
+
+
+def test_conversations_have_the_tokens_that_they_say(tiny, tmp_path):
+    """Also with a tokenizer that does not give back the tokens of any text."""
+    file, turns, first, growth = tmp_path / "conversations.jsonl", 3, 40, 60
+    assert shapes.write_conversations(file, tiny, 4, turns, first, growth, seed=0) == 4 * turns
+    prompts = [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    for turn in range(turns):
+        for conversation in range(4):
+            prompt = prompts[4 * turn + conversation]
+            tokens = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            assert abs(tokens - (first + turn * growth)) <= 3
+            assert prompt.startswith(prompts[conversation])
 
 
 def test_accuracy_says_what_text_it_lacks(readable, tmp_path, monkeypatch):

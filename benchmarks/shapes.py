@@ -222,7 +222,7 @@ def write_conversations(
     text = AutoTokenizer.from_pretrained(tokenizer)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(3, len(text), (conversations, 2 * (first + (turns - 1) * growth)), generator=generator)
-    # random tokens need not come back from their text; those that did once do again
+    # random tokens need not come back from their text, nor as many; those that did once do again
     tokens = [text.encode(text.decode(of_one), add_special_tokens=False) for of_one in drawn.tolist()]
     with file.open("w") as out:
         for turn in range(turns):

@@ -36,7 +36,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_bamba.prefix.options import attention_spec, configure, state_spec
+from vllm_bamba.prefix.options import active, attention_spec, configure, state_spec
 from vllm_bamba.prefix.policy import inner_position
 
 START = 0  # what no text stands for
@@ -129,7 +129,7 @@ class Simulator:
         config.scheduler_config.scheduler_cls, config.scheduler_config.async_scheduling = None, asynchronous
         if slots:
             configure(config)
-        slots = slots and caching
+        slots = active(config)
         register_all_kvcache_specs(config)
         page = block * 4096
         states: KVCacheSpec = MambaSpec(

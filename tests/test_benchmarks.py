@@ -425,6 +425,14 @@ def test_accuracy_reports_nothing_where_the_walk_is_not_the_model(readable, tmp_
     assert not rows.results_file(tmp_path).exists()
 
 
+def test_accuracy_says_what_text_it_lacks(readable, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="tokens of text are too few for 1 texts of 4096: pass a longer --text"):
+        bench_accuracy.main([*readable, "--tokens", "4096", *common(tmp_path)])
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(SystemExit, match="this Python comes without its documentation"):
+        bench_accuracy.main(["--tokens", "20", *common(tmp_path)])
+
+
 def test_conversations_have_the_tokens_that_they_say(tiny, tmp_path):
     """Also with a tokenizer that does not give back the tokens of any text."""
     file, turns, first, growth = tmp_path / "conversations.jsonl", 3, 40, 60
@@ -437,14 +445,6 @@ def test_conversations_have_the_tokens_that_they_say(tiny, tmp_path):
             tokens = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
             assert abs(tokens - (first + turn * growth)) <= 3
             assert prompt.startswith(prompts[conversation])
-
-
-def test_accuracy_says_what_text_it_lacks(readable, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="tokens of text are too few for 1 texts of 4096: pass a longer --text"):
-        bench_accuracy.main([*readable, "--tokens", "4096", *common(tmp_path)])
-    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(SystemExit, match="this Python comes without its documentation"):
-        bench_accuracy.main(["--tokens", "20", *common(tmp_path)])
 
 
 @pytest.mark.parametrize("more", [[], ["--together", "--synchronous"]])

@@ -65,9 +65,10 @@ def register() -> None:
 
     from vllm_bamba.config import BambaServingConfig
 
-    ModelRegistry.register_model("BambaForCausalLM", "vllm_bamba.model:BambaForCausalLM")
+    name, module = "BambaForCausalLM", "vllm_bamba.model"
+    ModelRegistry.register_model(name, f"{module}:{name}")
     with contextlib.suppress(ImportError, AttributeError, TypeError):  # a later vLLM may know no such entries
         from vllm_bamba.registration import InspectedHere
 
-        ModelRegistry.models["BambaForCausalLM"] = InspectedHere("vllm_bamba.model", "BambaForCausalLM")
-    MODELS_CONFIG_MAP["BambaForCausalLM"] = BambaServingConfig
+        ModelRegistry.models[name] = InspectedHere(module, name)
+    MODELS_CONFIG_MAP[name] = BambaServingConfig

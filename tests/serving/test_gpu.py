@@ -62,23 +62,25 @@ def references(path: str) -> tuple[Reference, Reference]:
     return Reference(path), Reference(path, torch.bfloat16)
 
 
+def check_small_model(folder, changes, **options):
+    """Prompts of all lengths at once, answered by a random model in an engine with these options."""
+    path = save_random(folder, **(WIDE | changes))
+    with Engine(path, **DEFAULTS, **options) as engine:
+        answers = engine.answers(random_prompts(LENGTHS), 16)
+    check_low_precision(answers, *references(path))
+
+
 @pytest.mark.parametrize("changes", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
 @pytest.mark.parametrize("step", [STEPS["vllm_step"], STEPS["fused_step"]], ids=["vllm_step", "fused_step"])
 def test_small_configurations_equal_transformers(step, changes, tmp_path):
-    path = save_random(tmp_path, **(WIDE | changes))
-    with Engine(path, **DEFAULTS, additional_config=step) as engine:
-        answers = engine.answers(random_prompts(LENGTHS), 16)
-    check_low_precision(answers, *references(path))
+    check_small_model(tmp_path, changes, additional_config=step)
 
 
 @each_step
 def test_products_that_inductor_would_pad_equal_transformers(step, tmp_path):
     """Whatever it finds faster: 580 rows of in_proj are not a multiple of 8."""
-    path = save_random(tmp_path, **WIDE)
     padded = {"inductor_compile_config": {"force_shape_pad": True}}
-    with Engine(path, **DEFAULTS, additional_config=step, compilation_config=padded) as engine:
-        answers = engine.answers(random_prompts(LENGTHS), 16)
-    check_low_precision(answers, *references(path))
+    check_small_model(tmp_path, {}, additional_config=step, compilation_config=padded)
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["compiled_with_cuda_graphs", "eager"])

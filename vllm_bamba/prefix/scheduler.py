@@ -84,8 +84,15 @@ class PrefixAwareAsync(PrefixAware, AsyncScheduler):
     """The next step is scheduled while one runs."""
 
 
+KINDS = {  # whether there are slots, whether steps overlap
+    (False, False): Sparing,
+    (False, True): SparingAsync,
+    (True, False): PrefixAware,
+    (True, True): PrefixAwareAsync,
+}
+
+
 def build(vllm_config: Any, **kwargs: Any) -> Sparing:
     """The scheduler for this configuration; vLLM's `scheduler_cls` names this function."""
-    asynchronous = vllm_config.scheduler_config.async_scheduling
-    with_slots, without = (PrefixAwareAsync, SparingAsync) if asynchronous else (PrefixAware, Sparing)
-    return (with_slots if active(vllm_config) else without)(vllm_config=vllm_config, **kwargs)
+    kind = KINDS[active(vllm_config), bool(vllm_config.scheduler_config.async_scheduling)]
+    return kind(vllm_config=vllm_config, **kwargs)

@@ -1,12 +1,16 @@
-"""What the metadata's builder says of states inside of prefills; vLLM's own rule for them without slots is vLLM's."""
+"""What the metadata's builder says of states inside of prefills (the rule without slots is vLLM's own) and of decodes."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.config import CUDAGraphMode
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadataBuilder
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from vllm_bamba import state_metadata
-from vllm_bamba.state_metadata import InnerStateBuilder, InnerStateMetadata
+from vllm_bamba.state_metadata import InnerStateBuilder, InnerStateMetadata, StateMetadataBuilder
 
 UNIT = 16
 TABLE = torch.arange(1, 1 + 4 * 30, dtype=torch.int32).view(4, 30)  # block of each unit of each of four requests
@@ -55,3 +59,64 @@ def test_where_no_prefill_passes_a_unit_nothing_is_kept(rows: dict[int, tuple[in
 
 def test_while_memory_is_profiled_nothing_is_kept() -> None:
     assert build({0: (0, 50)}, hash_block_size=None) is None
+
+
+class TestDecodesForGraphs:
+    """The slots of a second group of layers, against what vLLM's builder makes of the same."""
+
+    LENGTHS = (1, UNIT, UNIT + 1, 0)  # tokens of each sequence; the last row pads the batch
+
+    def builder(self, kind: type[Mamba2AttentionMetadataBuilder], mode: str) -> Mamba2AttentionMetadataBuilder:
+        compilation = SimpleNamespace(
+            max_cudagraph_capture_size=8,
+            cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY,
+            static_forward_context={"layer": SimpleNamespace(wants_graphs=False)},
+        )
+        config = SimpleNamespace(
+            speculative_config=None,
+            compilation_config=compilation,
+            num_speculative_tokens=0,
+            scheduler_config=SimpleNamespace(max_num_seqs=8),
+            cache_config=SimpleNamespace(use_replayssm=False, replayssm_buffer_len=0, mamba_cache_mode=mode),
+            mamba_config=SimpleNamespace(backend=None),
+            parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+            model_config=SimpleNamespace(get_mamba_chunk_size=lambda: 256),
+        )
+        spec = MambaSpec(block_size=UNIT, shapes=((1,),), dtypes=(torch.float32,))
+        return kind(spec, ["layer"], config, torch.device("cpu"))
+
+    def batch(self, table: torch.Tensor) -> CommonAttentionMetadata:
+        sequences, lengths = len(self.LENGTHS), torch.tensor(self.LENGTHS, dtype=torch.int32)
+        starts = torch.arange(sequences + 1, dtype=torch.int32).clamp_(max=sequences - 1)
+        return CommonAttentionMetadata(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=lengths,
+            seq_lens_cpu_upper_bound=lengths,
+            max_seq_len=max(self.LENGTHS),
+            num_reqs=sequences,
+            num_actual_tokens=sequences - 1,
+            max_query_len=1,
+            block_table_tensor=table,
+            slot_mapping=torch.zeros(sequences, dtype=torch.int64),
+            is_prefilling=torch.zeros(sequences, dtype=torch.bool),
+        )
+
+    @pytest.mark.parametrize("mode", ["none", "align"])
+    def test_stand_where_vllm_puts_them_and_at_the_same_address(self, mode: str) -> None:
+        columns = 1 if mode == "none" else TABLE.shape[1]
+        table = torch.where(torch.tensor(self.LENGTHS).unsqueeze(1) > 0, TABLE, 0)[:, :columns]
+        made = {}
+        for kind in (Mamba2AttentionMetadataBuilder, StateMetadataBuilder):
+            first, second = self.builder(kind, mode), self.builder(kind, mode)
+            of_first = first.build(0, self.batch(table))
+            of_second = second.update_block_table(of_first, table + 500, torch.zeros(0))
+            assert of_second.state_indices_tensor_d.data_ptr() == second.state_indices_tensor_d.data_ptr()
+            made[kind] = [of_first, of_second]
+        vllms, ours = made.values()
+        assert ours[0].slot_columns is not None
+        for theirs, mine in zip(vllms, ours, strict=True):
+            assert mine.state_indices_tensor_d.tolist() == theirs.state_indices_tensor_d.tolist()
+            assert mine.num_decodes == theirs.num_decodes == len(self.LENGTHS)
+            assert torch.equal(mine.seq_lens, theirs.seq_lens)
+        assert ours[0].state_indices_tensor_d.tolist() != ours[1].state_indices_tensor_d.tolist()

@@ -47,6 +47,22 @@ SHAPES: dict[str, dict] = {
         "bos_token_id": 128000,
         "eos_token_id": 128001,
     },
+    # the 9b's layers, but narrow: a step on a GPU takes what the host takes
+    "narrow": {
+        "vocab_size": 128256,
+        "hidden_size": 256,
+        "intermediate_size": 384,
+        "num_hidden_layers": 32,
+        "attn_layer_indices": [9, 18, 27],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "attn_rotary_emb": 32,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 64,
+        "mamba_d_state": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     # for trials and for CI without a GPU; `vllm bench latency` draws token ids below 10000
     "tiny": {
         "vocab_size": 10240,

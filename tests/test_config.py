@@ -355,28 +355,9 @@ def test_speculation_is_refused_without_a_gpu_only(cpu: bool, monkeypatch: pytes
     config = engine(speculative=object())
     if cpu:
         with pytest.raises(ValueError, match="--speculative-config"):
-            compat.check_options(config, 584)
+            compat.check_options(config)
     else:
-        compat.check_options(config, 584)
-
-
-@pytest.mark.parametrize(("cpu", "eager", "rows"), [(True, False, 580), (False, True, 580), (False, False, 584)])
-def test_adapters_are_refused_only_where_torch_compile_pads_in_proj(
-    cpu: bool, eager: bool, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(type(compat.current_platform), "is_cpu", lambda self: cpu)
-    adapters = SimpleNamespace(fully_sharded_loras=False)
-    config = engine(lora=adapters, eager=eager)
-    compat.check_options(config, rows)
-    monkeypatch.setattr(type(compat.current_platform), "is_cpu", lambda self: False)
-    config.model_config.enforce_eager = False
-    with pytest.raises(ValueError, match="in_proj has 580 rows on each rank"):
-        compat.check_options(config, 580)
-    mixer = {"hidden_size": 4096, "mamba_n_heads": 128, "mamba_d_head": 64, "mamba_d_state": 128}
-    of_the_9b = raw(**mixer, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336)
-    BambaServingConfig.verify_and_update_config(engine(hf_config=of_the_9b, lora=adapters, tensor=16))
-    with pytest.raises(ValueError, match="in_proj has 772 rows on each rank"):
-        BambaServingConfig.verify_and_update_config(engine(hf_config=of_the_9b, lora=adapters, tensor=32))
+        compat.check_options(config)
 
 
 @pytest.mark.parametrize(

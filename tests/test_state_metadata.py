@@ -1,4 +1,4 @@
-"""What the metadata's builder says of states inside of prefills (the rule without slots is vLLM's own) and of decodes."""
+"""What the metadata's builder says of decodes, and of states inside of prefills (without slots vLLM says it)."""
 
 from types import SimpleNamespace
 

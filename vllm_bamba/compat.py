@@ -44,8 +44,6 @@ operator `vllm::mamba_mixer2`
     The same stages must lay states out as the others do: see `align_blocks`. Goes when vLLM aligns blocks by the model.
 `vllm.lora.ops.torch_ops.lora_ops.bgmv_shrink`
     On CPUs, requests without an adapter got one. Goes with 0.32.
-`vllm.lora.ops.triton_ops.lora_expand_op` (seen in 0.33)
-    Asserts contiguous outputs, which torch.compile does not promise: see `check_options`. Goes with the assertion.
 `vllm.lora.utils._all_lora_classes`
     Adapters of `in_proj` where B and C are copied to several ranks. Goes when vLLM asks layers for their wrapper.
 `scheduler_cls`, `Scheduler._mamba_block_aligned_split`
@@ -149,13 +147,8 @@ __all__ = [
 ]
 
 
-def check_options(vllm_config: VllmConfig, in_proj_rows: int) -> None:
-    """Raise ValueError for vLLM options that this model would otherwise get wrong, or fail with late.
-
-    Args:
-        vllm_config: the engine's.
-        in_proj_rows: of a mixer, on one rank.
-    """
+def check_options(vllm_config: VllmConfig) -> None:
+    """Raise ValueError for vLLM options that this model would otherwise get wrong, or fail with late."""
     if vllm_config.cache_config.use_replayssm:
         raise ValueError("--use-replayssm is a feature of vLLM's own mixer; leave it out for Bamba.")
     if vllm_config.speculative_config is not None and current_platform.is_cpu():
@@ -166,12 +159,6 @@ def check_options(vllm_config: VllmConfig, in_proj_rows: int) -> None:
     lora = vllm_config.lora_config
     if lora is not None and lora.fully_sharded_loras and vllm_config.parallel_config.tensor_parallel_size > 1:
         raise ValueError("--fully-sharded-loras does not work with Bamba's in_proj; leave it out.")
-    compiled = not (current_platform.is_cpu() or vllm_config.model_config.enforce_eager)
-    if lora is not None and compiled and in_proj_rows % 8:
-        raise ValueError(
-            f"LoRA: in_proj has {in_proj_rows} rows on each rank, not a multiple of 8, and vLLM's LoRA kernels refuse "
-            "what torch.compile may make of that: use another --tensor-parallel-size or --enforce-eager."
-        )
 
 
 def moves_blocks(vllm_config: VllmConfig) -> bool:
@@ -198,8 +185,9 @@ def keep_strides(vllm_config: VllmConfig) -> None:
 
     Inductor may compute a product whose sizes are not multiples of 8 as part of a wider one, if that looks faster when
     the model is compiled. Rows of its result then lie further apart than the next piece of the model was compiled for,
-    which looks for a gate there; vLLM has turned off the checks that would notice. Seen in 0.33 with torch 2.11: an
-    in_proj of 580 rows, wrong answers of one start in three on a busy machine. Goes when pieces check their inputs.
+    which looks for a gate there; vLLM has turned off the checks that would notice, and its LoRA kernels, which do
+    check, refuse. Seen in 0.33 with torch 2.11: an in_proj of 580 rows, wrong answers of one start in three on a busy
+    machine. Goes when pieces check their inputs.
     """
     vllm_config.compilation_config.inductor_compile_config.setdefault("shape_padding", False)
 

@@ -188,7 +188,6 @@ class BambaServingConfig(VerifyAndUpdateConfig):
         """
         from vllm_bamba.compat import check_options, choose_state_dtype, keep_strides
         from vllm_bamba.prefix.options import configure
-        from vllm_bamba.state import mixer_shard
         from vllm_bamba.step_options import check_step
         from vllm_bamba.weights import check_files
 
@@ -202,7 +201,7 @@ class BambaServingConfig(VerifyAndUpdateConfig):
             key_value_heads=shape.num_key_value_heads,
             intermediate_size=shape.intermediate_size,
         )
-        check_options(vllm_config, sum(mixer_shard(shape, tensor_parallel).in_proj_sizes) // tensor_parallel)
+        check_options(vllm_config)
         check_step(vllm_config, shape)
         choose_state_dtype(vllm_config)
         keep_strides(vllm_config)

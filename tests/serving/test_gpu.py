@@ -38,6 +38,7 @@ STEPS = {  # the decode step
     "fused_step_int8": {"bamba_fused_step": True, "bamba_state_dtype": "int8"},
 }
 FP8 = {"bamba_fused_step": True, "bamba_state_dtype": "fp8"}
+PADDED = {"inductor_compile_config": {"force_shape_pad": True}}  # products, if Inductor may pad any
 each_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
 
 CONFIGURATIONS = {
@@ -79,8 +80,7 @@ def test_small_configurations_equal_transformers(step, changes, tmp_path):
 @each_step
 def test_products_that_inductor_would_pad_equal_transformers(step, tmp_path):
     """Whatever it finds faster: 580 rows of in_proj are not a multiple of 8."""
-    padded = {"inductor_compile_config": {"force_shape_pad": True}}
-    check_small_model(tmp_path, {}, additional_config=step, compilation_config=padded)
+    check_small_model(tmp_path, {}, additional_config=step, compilation_config=PADDED)
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["compiled_with_cuda_graphs", "eager"])
@@ -113,17 +113,18 @@ def test_chunked_prefill_equals_transformers(step, tiny):
     check_low_precision(answers, *references(tiny))
 
 
+@pytest.mark.parametrize("heads", [{"mamba_n_heads": 8, "mamba_d_head": 32}, {}], ids=["584_rows", "580_rows"])
 @pytest.mark.parametrize("step", [STEPS["vllm_step"], STEPS["fused_step"]], ids=["vllm_step", "fused_step"])
-def test_adapter_equals_merged_model_and_leaves_other_requests_alone(step, tmp_path):
+def test_adapter_equals_merged_model_and_leaves_other_requests_alone(step, heads, tmp_path):
     from test_lora import PROJECTIONS, save_adapter
     from vllm.lora.request import LoRARequest
 
-    # rows of in_proj a multiple of 8: torch.compile may pad others, and vLLM's LoRA kernels refuse what lies apart
-    path = save_random(tmp_path / "base", **WIDE | {"mamba_n_heads": 8, "mamba_d_head": 32})
+    path = save_random(tmp_path / "base", **WIDE | heads)
     merged = save_adapter(path, str(tmp_path / "adapter"), PROJECTIONS)
     merged.save_pretrained(tmp_path / "merged")
     requests = [None, LoRARequest("adapter", 1, str(tmp_path / "adapter"))] * 2
-    with Engine(path, **DEFAULTS, enable_lora=True, max_lora_rank=8, additional_config=step) as engine:
+    options = {"enable_lora": True, "max_lora_rank": 8, "compilation_config": PADDED, "additional_config": step}
+    with Engine(path, **DEFAULTS, **options) as engine:
         answers = engine.answers(random_prompts([1, 5, 20, 33]), 24, prompt_logprobs=False, lora_request=requests)
     check_low_precision(answers[0::2], *references(path))
     check_low_precision(answers[1::2], *references(str(tmp_path / "merged")))

@@ -2,7 +2,7 @@
 
 Imports of vLLM's documented building blocks (`Attention`, the linear layers, `RMSNorm`, `MambaBase`, ...) stand in the
 modules that use them; what a model outside vLLM's tree would not normally touch stands here, but for the methods that
-`prefix/managers.py`, `prefix/scheduler.py`, `state_metadata.py`, `lora.py` and `linear.py` override.
+`prefix/managers.py`, `prefix/scheduler.py`, `state_metadata.py`, `model_state.py`, `lora.py` and `linear.py` override.
 
 Each was read in 0.32 and 0.33, and run in 0.32 on CPUs and in 0.33 on GPUs, unless it says otherwise.
 
@@ -28,6 +28,9 @@ operator `vllm::mamba_mixer2`
 `ForwardContext.cudagraph_runtime_mode`, `update_block_table`, `nums_dict` of `causal_conv1d_fn`'s metadata
     Short prefills are graphs of each mixer, captured when vLLM captures its piecewise ones and described at addresses
     that stay: see `prefill_graphs.py`. Goes when vLLM's own graphs of prefills take mixers in.
+`get_model_state_cls`, `MambaHybridModelState.preprocess_state`, `.postprocess_state`
+    Model Runner V2 moves only states that go on in another block: see `model_state.py`. Goes when vLLM's kernels are
+    launched for those alone.
 `vllm.model_executor.layers.mamba.ops`
     The operators underneath ours. Goes operator by operator, as each gets a kernel of its own.
 `configs`, `cache` and `cache_results` of its autotuned scan kernels (Triton 3.6 and 3.9)

@@ -303,3 +303,11 @@ class BambaForCausalLM(
     @classmethod
     def get_mamba_state_copy_func(cls):  # type: ignore[no-untyped-def]
         return MambaStateCopyFuncCalculator.mamba2_state_copy_func()
+
+    # what Model Runner V2 asks
+
+    @staticmethod
+    def get_model_state_cls():  # type: ignore[no-untyped-def]
+        from vllm_bamba.model_state import BambaModelState  # needs Model Runner V2's modules, which V1 does not
+
+        return BambaModelState

@@ -1,0 +1,111 @@
+"""Which states Model Runner V2 is asked to move, against vLLM's rule for all requests of a batch."""
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+
+from vllm_bamba.model import BambaForCausalLM
+from vllm_bamba.model_state import BambaModelState
+
+BLOCK, TABLE = 16, 12  # tokens of a state's block, rows of the request table
+
+
+class VllmsRule:
+    """`preprocess_mamba_align_fused_kernel` and the copies behind it, in plain integers."""
+
+    def __init__(self) -> None:
+        self.column = dict.fromkeys(range(TABLE), -2)  # of each row's state, before the step
+        self.copies: list[tuple[int, int, int]] = []  # row, from, to
+
+    def begin(self, row: int, computed: int) -> None:
+        self.column[row] = (computed - 1) // BLOCK
+
+    def step(self, batch: Any, computed: dict[int, int]) -> None:
+        starts = batch.query_start_loc.tolist()
+        assert len(starts) == batch.num_reqs + 1
+        for i, row in enumerate(batch.idx_mapping.tolist()):
+            after = computed[row] + starts[i + 1] - starts[i]
+            old, new = self.column[row], -(-after // BLOCK) - 1
+            if old >= 0 and old != new:
+                self.copies.append((row, old, new))
+            self.column[row] = new
+
+
+def model_state(monkeypatch: pytest.MonkeyPatch, vllm: Any, align: bool = True, drafts: int = 0) -> BambaModelState:
+    """As the runner makes it; `vllm` gets what reaches vLLM's own, which needs a GPU."""
+
+    def init(self: Any, config: Any) -> None:
+        self._align_mode, self.recoverssm = align, None
+        self.cache_config = SimpleNamespace(mamba_block_size=BLOCK)
+
+    monkeypatch.setattr(MambaHybridModelState, "__init__", init)
+    monkeypatch.setattr(MambaHybridModelState, "preprocess_state", lambda self, batch: vllm.before(batch))
+    monkeypatch.setattr(MambaHybridModelState, "postprocess_state", lambda self, *args: vllm.after(*args))
+    return BambaModelState(SimpleNamespace(num_speculative_tokens=drafts))
+
+
+def batch_of(rows: list[int], computed: list[int], new: list[int]) -> Any:
+    starts = np.concatenate([[0], np.cumsum(new)])
+    return SimpleNamespace(
+        num_reqs=len(rows),
+        idx_mapping=torch.tensor(rows),
+        idx_mapping_np=np.array(rows),
+        query_start_loc=torch.tensor(starts, dtype=torch.int32),
+        num_scheduled_tokens=np.array(new, dtype=np.int32),
+        num_computed_tokens_np=np.array(computed, dtype=np.int32),
+    )
+
+
+def test_the_model_names_it() -> None:
+    assert BambaForCausalLM.get_model_state_cls() is BambaModelState
+
+
+def test_the_same_states_are_moved_as_with_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    chance, whole, ours, computed = random.Random(1), VllmsRule(), VllmsRule(), dict.fromkeys(range(TABLE), 0)
+    asked: list[Any] = []
+    state = model_state(monkeypatch, SimpleNamespace(before=asked.append))
+    sizes, idle = set(), 0
+    for _ in range(600):
+        rows = chance.sample(range(TABLE), chance.randint(1, TABLE))
+        new = []
+        for row in rows:
+            if computed[row] == 0 or chance.random() < 0.02:  # another request takes this row of the table
+                computed[row] = chance.choice([0, 0, 16, 32, 39])
+                whole.begin(row, computed[row])
+                ours.begin(row, computed[row])
+            prefills = computed[row] == 0 or chance.random() < 0.05
+            new.append(chance.randint(1, 50) if prefills else 1)
+        batch = batch_of(rows, [computed[row] for row in rows], new)
+        whole.step(batch, computed)
+        asked.clear()
+        state.preprocess_state(batch)
+        for moves in asked:
+            ours.step(moves, computed)
+            sizes.add(moves.num_reqs)
+            assert (moves.idx_mapping.dtype, moves.query_start_loc.dtype) == (torch.int64, torch.int32)
+        idle += not asked
+        for row, tokens in zip(rows, new, strict=True):
+            computed[row] += tokens
+        assert ours.copies == whole.copies
+        assert ours.column == whole.column
+    assert len(whole.copies) > 200  # else the test has not seen what it is about
+    assert idle > 50
+    assert max(sizes) > 2
+
+
+@pytest.mark.parametrize(("align", "drafts"), [(False, 0), (True, 2)], ids=["no caching", "drafts"])
+def test_all_else_is_vllms(align: bool, drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    before: list[Any] = []
+    after: list[Any] = []
+    vllm = SimpleNamespace(before=before.append, after=lambda *args: after.append(args))
+    state = model_state(monkeypatch, vllm, align, drafts)
+    batch = batch_of([3], [15], [1])
+    state.preprocess_state(batch)
+    state.postprocess_state("rows", 1)
+    assert before == [batch]
+    assert after == ([("rows", 1)] if drafts else [])

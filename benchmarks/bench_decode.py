@@ -8,6 +8,9 @@ Every variant is an engine in a process of its own, and all of them are ready be
 batch by batch on the same GPU. A step is the time that a longer answer takes more than a shorter one, over the tokens
 that it has more; prompts and everything that happens once a request cancel out. No prompt is sent twice to an engine,
 so that what prefix caching costs is seen where it finds nothing. Weights are random.
+
+Prompts are of 16 lengths, as users' are of all. With --prompts alike they are of one, so that all requests pass the end
+of a block of states in the same step: the most that the host can have to do at once with prefix slots.
 """
 
 import argparse
@@ -32,8 +35,9 @@ from variants import (
     running,
 )
 
-PROMPT = 32  # tokens
+PROMPT, SPREAD = 32, 16  # tokens of the shortest prompt; lengths of prompts
 SHORT = 16  # tokens of the shorter answer: no fewer than steps in which the prompts of the largest batch are computed
+CASES = {"mixed": "decode step", "alike": "decode step, prompts alike"}
 PROFILED = 16  # tokens by which the longer of two profiles is longer
 STEP_TOKENS = 2048  # the most of a step: activations stay small
 CACHED = {"vllm_operators_align": "vllm_operators", "vllm_operators_slots": "vllm_operators", "fused_slots": "fused"}
@@ -45,6 +49,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64, 128])
     parser.add_argument("--steps", type=int, default=64, help="tokens by which the longer answer is longer")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--prompts", nargs="+", choices=[*CASES], default=["mixed"], help="in length")
     parser.add_argument("--profile", type=pathlib.Path, help="folder: profile, by batch: traces, and rows of kernels")
     add_engine_arguments(parser, variants=["vllm_operators", "fused"])
     add_arguments(parser)
@@ -62,7 +67,13 @@ def options_of(args: argparse.Namespace, name: str, model: str) -> dict[str, Any
         more["compilation_config"] = {"cudagraph_capture_sizes": sorted(args.batches)}
     if args.profile:
         more |= profiler_options(args.profile / name)
-    return engine_options(args, name, model, bamba_config(args.shape), widest, PROMPT + SHORT + args.steps, **more)
+    longest = PROMPT + SPREAD - 1 + SHORT + args.steps
+    return engine_options(args, name, model, bamba_config(args.shape), widest, longest, **more)
+
+
+def lengths(kind: str, batch: int) -> list[int]:
+    """Tokens of a batch's prompts."""
+    return [PROMPT + (i % SPREAD if kind == "mixed" else SPREAD // 2) for i in range(batch)]
 
 
 def measure(
@@ -83,11 +94,12 @@ def measure(
     return {name: Samples(tuple(values)) for name, values in steps.items()}
 
 
-def report(results: Results, variants: list[Variant], batch: int, steps: dict[str, Samples]) -> None:
+def report(results: Results, variants: list[Variant], kind: str, batch: int, steps: dict[str, Samples]) -> None:
     """Write and print what was measured of one batch: steps, and how they compare."""
     for variant in variants:
         sample = steps[variant.name]
         columns = variant.columns | {"batch": batch, "verified": "n/a: random weights"}
+        columns |= {"case": CASES[kind]}
         results.add_samples(sample, metric="decode_step", unit="ms", **columns)
         print(f"  {variant.name} {sample.median:.2f} ({sample.low:.2f} to {sample.high:.2f})", end="")
         for other in dict.fromkeys(("vllm_operators", CACHED.get(variant.name, "vllm_operators"))):
@@ -133,7 +145,7 @@ def main(argv: Sequence[str]) -> None:
         list(argv),
         model=f"bamba-{args.shape}",
         weights="random",
-        case="decode step",
+        case=CASES["mixed"],
         dtype=dtype_name(dtype),
         prompt_tokens=PROMPT,
         output_tokens=SHORT + args.steps,
@@ -145,18 +157,18 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_model(pathlib.Path(folder), "bamba", args.shape)
         with running({name: options_of(args, name, folder) for name in args.variants}) as variants:
-            for batch in args.batches:
-                prompts = (random_prompts([PROMPT] * batch, config.vocab_size, seed) for seed in seeds)
+            for batch, kind in itertools.product(args.batches, args.prompts):
+                prompts = (random_prompts(lengths(kind, batch), config.vocab_size, seed) for seed in seeds)
                 steps = measure(args, variants, batch, prompts)
-                floor = limits.floor_ms(moved.decode_step(batch, PROMPT + args.steps // 2))
+                floor = limits.floor_ms(moved.decode_step(batch, PROMPT + (SPREAD + args.steps) // 2))
                 results.add(
                     variant="floor", batch=batch, metric="decode_step", unit="ms", value=floor, repeats=1,
                     verified="n/a", state_dtype=dtype_name(dtype), cache_mode="none",
                     details=f"{limits.bytes_per_second / 1e9:.0f} GB/s, measured in this run; state read and written "
                     "every step",
                 )  # fmt: skip
-                print(f"batch {batch}: floor {floor:.2f} ms", end="")
-                report(results, variants, batch, steps)
+                print(f"batch {batch}, prompts {kind}: floor {floor:.2f} ms", end="")
+                report(results, variants, kind, batch, steps)
                 for variant in variants if args.profile else ():
                     report_kernels(args, results, variant, batch, prompts)
     progress(f"rows are in {results.file}")

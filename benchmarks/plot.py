@@ -168,7 +168,8 @@ def prefill(axes: Axes, rows: pd.DataFrame) -> bool:
 
 def decode(axes: Axes, rows: pd.DataFrame) -> bool:
     """Tokens a second of whole engines by the clock, below what the bytes allow."""
-    rows = numbers(rows[(rows.benchmark == "bench_decode") & (rows.metric == "decode_step")], "batch")
+    of_step = (rows.benchmark == "bench_decode") & (rows.metric == "decode_step") & (rows["case"] == "decode step")
+    rows = numbers(rows[of_step], "batch")
     rows = rows[rows.batch.duplicated(keep=False)]  # of a batch with nothing to compare there is nothing to see
     if rows.batch.nunique() < 2:  # no line
         return False

@@ -181,9 +181,11 @@ def test_offline_commands_write_rows(what, tmp_path):
 @pytest.mark.multiprocess
 def test_decode_steps_of_whole_engines(results, capsys):
     engines = ["--variants", "vllm_operators", "vllm_operators_slots", "--eager"]
-    bench_decode.main(["--shape", "tiny", *engines, "--batches", "1", "3", "--repeats", "3", *common(results)])
+    work = ["--prompts", "mixed", "alike", "--batches", "1", "3", "--repeats", "3"]
+    bench_decode.main(["--shape", "tiny", *engines, *work, *common(results)])
     found = read(results, "bench_decode")
-    assert [row["batch"] for row in found] == ["1"] * 4 + ["3"] * 4, "each batch is written when it is done"
+    assert [row["batch"] for row in found] == ["1"] * 8 + ["3"] * 8, "each batch is written when it is done"
+    assert [row["case"] for row in found] == (["decode step"] * 5 + ["decode step, prompts alike"] * 3) * 2
     for row in found:
         expected = {"vllm_operators_slots": "slots"}.get(row["variant"], "none")
         assert row["cache_mode"] == expected
@@ -192,7 +194,7 @@ def test_decode_steps_of_whole_engines(results, capsys):
     assert values(steps, "variant") == {"floor", "vllm_operators", "vllm_operators_slots"}
     speed_ups = [row for row in found if row["metric"] == "speed_up_over_vllm_operators"]
     assert values(speed_ups, "variant") == {"vllm_operators_slots"}
-    assert "batch 3: floor" in capsys.readouterr().out
+    assert "batch 3, prompts alike: floor" in capsys.readouterr().out
 
 
 @pytest.mark.multiprocess

@@ -11,8 +11,8 @@ Each was read in 0.32 and 0.33, and run in 0.32 on CPUs and in 0.33 on GPUs, unl
 `_LazyRegisteredModel` in `ModelRegistry.models`, `_ModelInfo` and where it is kept (in `registration.py`)
     A first start asks the class what it can do without a second Python for it. Goes when vLLM lets plugins say so.
 `CompilationConfig.inductor_compile_config`
-    Products between pieces of the model keep their strides: see `keep_strides` (not run on a GPU yet). Goes when pieces
-    check their inputs.
+    Products between pieces of the model keep their strides: see `keep_strides`. Goes when pieces check their
+    inputs.
 `TRITON_CACHE_DIR`
     Kernels are kept from one start to the next: see `keep_compiled_kernels`. Goes when vLLM sets it in every start.
 operator `vllm::mamba_mixer2`
@@ -50,8 +50,7 @@ operator `vllm::mamba_mixer2`
 `vllm.lora.utils._all_lora_classes`
     Adapters of `in_proj` where B and C are copied to several ranks. Goes when vLLM asks layers for their wrapper.
 `scheduler_cls`, `Scheduler._mamba_block_aligned_split`
-    Where prefills stop, and whom the scheduler asks (without caching not run on a GPU yet). Goes when vLLM has a public
-    hook.
+    Where prefills stop, and whom the scheduler asks. Goes when vLLM has a public hook.
 the same, and `MambaManager.cache_blocks`
     vLLM publishes a wrong state where prompts part: see below.
 `MambaSpec.state_content_size_bytes`

@@ -114,7 +114,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+    from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
 Spec = TypeVar("Spec", bound="KVCacheSpec")
@@ -358,9 +358,11 @@ def key_of(block: KVCacheBlock) -> BlockHash:
     return get_block_hash(block.block_hash)
 
 
-def add_key(pool: BlockPool, block: KVCacheBlock, text: BlockHash, group: int, tokens: int) -> None:
-    """Have a block found by the hash of a text that ends inside it, beside what finds it already."""
-    pool._insert_block_hash(make_block_hash_with_group_id(text, group), block, num_tokens=tokens)
+def add_key(pool: BlockPool, block: KVCacheBlock, text: BlockHash, group: int, tokens: int) -> BlockHashWithGroupId:
+    """Have a block found by the hash of a text that ends inside it, beside what finds it already; returns the key."""
+    key = make_block_hash_with_group_id(text, group)
+    pool._insert_block_hash(key, block, num_tokens=tokens)
+    return key
 
 
 def remove_keys(pool: BlockPool, block: KVCacheBlock) -> None:

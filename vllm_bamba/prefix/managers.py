@@ -51,6 +51,7 @@ class BambaStateManager(MambaManager):
         super().__init__(kv_cache_spec, block_pool, **kwargs)
         self.slots = Slots.of(block_pool)
         self.slots.groups += 1
+        self._passed: dict[str, int] = {}  # blocks of each request whose last token is done
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
@@ -61,6 +62,17 @@ class BambaStateManager(MambaManager):
 
     def _needs_internal_checkpoint(self, request_id: str, *args: Any, **kwargs: Any) -> bool:
         return self.slots.inner(request_id) > 0
+
+    def remove_skipped_blocks(self, request_id: str, processed_computed_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's, which finds nothing more to give back before the next block is done."""
+        passed = (processed_computed_tokens - 1) // self.block_size
+        if passed != self._passed.get(request_id):
+            self._passed[request_id] = passed
+            super().remove_skipped_blocks(request_id, processed_computed_tokens, *args, **kwargs)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self._passed.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         self.num_cached_block[request.request_id] = num_tokens // self.block_size
@@ -79,14 +91,7 @@ class BambaStateManager(MambaManager):
         block, key = blocks[index], request.block_hashes[hash_index]
         if block.is_null or block.block_hash is not None or not self.slots.admits(request, num_tokens, key):
             return
-        hashed = self.block_pool.cache_partial_block(
-            request=request,
-            block=block,
-            num_tokens=num_tokens,
-            kv_cache_group_id=self.kv_cache_group_id,
-            block_size=self.block_size,
-        )
-        assert hashed is not None
+        hashed = add_key(self.block_pool, block, key, self.kv_cache_group_id, num_tokens)
         self.cached_blocks_this_step.add(hashed)  # computed in this step: nobody may start from it before the next
         self.slots.add_state(key, block)
 

@@ -9,8 +9,8 @@ batch by batch on the same GPU. A step is the time that a longer answer takes mo
 that it has more; prompts and everything that happens once a request cancel out. No prompt is sent twice to an engine,
 so that what prefix caching costs is seen where it finds nothing. Weights are random.
 
-Prompts are of 16 lengths, as users' are of all. With --prompts alike they are of one, so that all requests pass the end
-of a block of states in the same step: the most that the host can have to do at once with prefix slots.
+Prompts are of one length, so that with prefix slots all requests pass the end of a block of states in the same step:
+the most that the host can have to do at once. With --prompts mixed they are of 16 lengths, as users' are of all.
 """
 
 import argparse
@@ -35,9 +35,12 @@ from variants import (
     running,
 )
 
-PROMPT, SPREAD = 32, 16  # tokens of the shortest prompt; lengths of prompts
+PROMPT, SPREAD = 32, 16  # tokens of the shortest prompt; lengths of mixed ones
 SHORT = 16  # tokens of the shorter answer: no fewer than steps in which the prompts of the largest batch are computed
-CASES = {"mixed": "decode step", "alike": "decode step, prompts alike"}
+PROMPTS = {  # lengths -> columns of the rows
+    "equal": {"case": "decode step", "prompt_tokens": f"{PROMPT}"},
+    "mixed": {"case": "decode step, mixed lengths", "prompt_tokens": f"{PROMPT}-{PROMPT + SPREAD - 1}"},
+}
 PROFILED = 16  # tokens by which the longer of two profiles is longer
 STEP_TOKENS = 2048  # the most of a step: activations stay small
 CACHED = {"vllm_operators_align": "vllm_operators", "vllm_operators_slots": "vllm_operators", "fused_slots": "fused"}
@@ -49,7 +52,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64, 128])
     parser.add_argument("--steps", type=int, default=64, help="tokens by which the longer answer is longer")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--prompts", nargs="+", choices=[*CASES], default=["mixed"], help="in length")
+    parser.add_argument("--prompts", nargs="+", choices=[*PROMPTS], default=["equal"], help="their lengths")
     parser.add_argument("--profile", type=pathlib.Path, help="folder: profile, by batch: traces, and rows of kernels")
     add_engine_arguments(parser, variants=["vllm_operators", "fused"])
     add_arguments(parser)
@@ -73,7 +76,7 @@ def options_of(args: argparse.Namespace, name: str, model: str) -> dict[str, Any
 
 def lengths(kind: str, batch: int) -> list[int]:
     """Tokens of a batch's prompts."""
-    return [PROMPT + (i % SPREAD if kind == "mixed" else SPREAD // 2) for i in range(batch)]
+    return [PROMPT + (i % SPREAD if kind == "mixed" else 0) for i in range(batch)]
 
 
 def measure(
@@ -98,8 +101,7 @@ def report(results: Results, variants: list[Variant], kind: str, batch: int, ste
     """Write and print what was measured of one batch: steps, and how they compare."""
     for variant in variants:
         sample = steps[variant.name]
-        columns = variant.columns | {"batch": batch, "verified": "n/a: random weights"}
-        columns |= {"case": CASES[kind]}
+        columns = variant.columns | PROMPTS[kind] | {"batch": batch, "verified": "n/a: random weights"}
         results.add_samples(sample, metric="decode_step", unit="ms", **columns)
         print(f"  {variant.name} {sample.median:.2f} ({sample.low:.2f} to {sample.high:.2f})", end="")
         for other in dict.fromkeys(("vllm_operators", CACHED.get(variant.name, "vllm_operators"))):
@@ -120,7 +122,12 @@ def report(results: Results, variants: list[Variant], kind: str, batch: int, ste
 
 
 def report_kernels(
-    args: argparse.Namespace, results: Results, variant: Variant, batch: int, prompts: Iterator[list[list[int]]]
+    args: argparse.Namespace,
+    results: Results,
+    variant: Variant,
+    kind: str,
+    batch: int,
+    prompts: Iterator[list[list[int]]],
 ) -> None:
     """Profile, and write what a step's kernels take on the GPU: the host, busy or not, has no part in it."""
     taken = []
@@ -131,7 +138,7 @@ def report_kernels(
         progress(f"{variant.name}: no kernels in its profile, so no row of them")
         return
     step = (taken[1] - taken[0]) / PROFILED
-    columns = variant.columns | {"batch": batch, "verified": "n/a: random weights"}
+    columns = variant.columns | PROMPTS[kind] | {"batch": batch, "verified": "n/a: random weights"}
     results.add(metric="decode_step_kernels", unit="ms", value=step, repeats=1, **columns)
     print(f"  {variant.name}: kernels {step:.3f} ms", flush=True)
 
@@ -145,9 +152,7 @@ def main(argv: Sequence[str]) -> None:
         list(argv),
         model=f"bamba-{args.shape}",
         weights="random",
-        case=CASES["mixed"],
         dtype=dtype_name(dtype),
-        prompt_tokens=PROMPT,
         output_tokens=SHORT + args.steps,
     )
     progress("measuring what this device reaches")
@@ -165,12 +170,12 @@ def main(argv: Sequence[str]) -> None:
                     variant="floor", batch=batch, metric="decode_step", unit="ms", value=floor, repeats=1,
                     verified="n/a", state_dtype=dtype_name(dtype), cache_mode="none",
                     details=f"{limits.bytes_per_second / 1e9:.0f} GB/s, measured in this run; state read and written "
-                    "every step",
+                    "every step", **PROMPTS[kind],
                 )  # fmt: skip
                 print(f"batch {batch}, prompts {kind}: floor {floor:.2f} ms", end="")
                 report(results, variants, kind, batch, steps)
                 for variant in variants if args.profile else ():
-                    report_kernels(args, results, variant, batch, prompts)
+                    report_kernels(args, results, variant, kind, batch, prompts)
     progress(f"rows are in {results.file}")
 
 

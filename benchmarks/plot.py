@@ -168,8 +168,8 @@ def prefill(axes: Axes, rows: pd.DataFrame) -> bool:
 
 def decode(axes: Axes, rows: pd.DataFrame) -> bool:
     """Tokens a second of whole engines by the clock, below what the bytes allow."""
-    of_step = (rows.benchmark == "bench_decode") & (rows.metric == "decode_step") & (rows["case"] == "decode step")
-    rows = numbers(rows[of_step], "batch")
+    rows = _of_one_length(rows)
+    rows = numbers(rows[rows.metric == "decode_step"], "batch")
     rows = rows[rows.batch.duplicated(keep=False)]  # of a batch with nothing to compare there is nothing to see
     if rows.batch.nunique() < 2:  # no line
         return False
@@ -178,13 +178,18 @@ def decode(axes: Axes, rows: pd.DataFrame) -> bool:
 
 def decode_kernels(axes: Axes, rows: pd.DataFrame) -> bool:
     """Tokens a second of whole decode steps, were there nothing but their kernels, below what the bytes allow."""
-    rows = rows[rows.benchmark == "bench_decode"]
+    rows = _of_one_length(rows)
     of_kernels = rows.metric == "decode_step_kernels"
     if not of_kernels.any():
         return False
     return _tokens_per_second(
         axes, numbers(rows[of_kernels | (rows.variant == "floor")], "batch"), "Decode: kernels of whole steps"
     )
+
+
+def _of_one_length(rows: pd.DataFrame) -> pd.DataFrame:
+    """Decode steps of prompts of one length."""
+    return rows[(rows.benchmark == "bench_decode") & (rows["case"] == "decode step")]
 
 
 def _tokens_per_second(axes: Axes, steps: pd.DataFrame, title: str) -> bool:

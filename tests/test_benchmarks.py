@@ -181,11 +181,12 @@ def test_offline_commands_write_rows(what, tmp_path):
 @pytest.mark.multiprocess
 def test_decode_steps_of_whole_engines(results, capsys):
     engines = ["--variants", "vllm_operators", "vllm_operators_slots", "--eager"]
-    work = ["--prompts", "mixed", "alike", "--batches", "1", "3", "--repeats", "3"]
+    work = ["--prompts", "equal", "mixed", "--batches", "1", "3", "--repeats", "3"]
     bench_decode.main(["--shape", "tiny", *engines, *work, *common(results)])
     found = read(results, "bench_decode")
     assert [row["batch"] for row in found] == ["1"] * 8 + ["3"] * 8, "each batch is written when it is done"
-    assert [row["case"] for row in found] == (["decode step"] * 5 + ["decode step, prompts alike"] * 3) * 2
+    equal, mixed = ("decode step", "32"), ("decode step, mixed lengths", "32-47")
+    assert [(row["case"], row["prompt_tokens"]) for row in found] == ([equal] * 4 + [mixed] * 4) * 2
     for row in found:
         expected = {"vllm_operators_slots": "slots"}.get(row["variant"], "none")
         assert row["cache_mode"] == expected
@@ -194,7 +195,7 @@ def test_decode_steps_of_whole_engines(results, capsys):
     assert values(steps, "variant") == {"floor", "vllm_operators", "vllm_operators_slots"}
     speed_ups = [row for row in found if row["metric"] == "speed_up_over_vllm_operators"]
     assert values(speed_ups, "variant") == {"vllm_operators_slots"}
-    assert "batch 3, prompts alike: floor" in capsys.readouterr().out
+    assert "batch 3, prompts mixed: floor" in capsys.readouterr().out
 
 
 @pytest.mark.multiprocess
@@ -362,11 +363,12 @@ def test_kernels_of_a_step_are_what_a_longer_profile_has_more(tmp_path, capsys):
 
     argv = ["--profile", str(tmp_path / "profile"), *common(tmp_path)]
     args = bench_decode.arguments(argv)
-    what = {"model": "bamba-9b", "weights": "random", "dtype": "bfloat16", "case": "decode step"}
-    results = rows.Results.of("bench_decode", args, argv, prompt_tokens=1, output_tokens=32, **what)
-    bench_decode.report_kernels(args, results, Engine(), 8, itertools.repeat([[1]]))
+    what = {"model": "bamba-9b", "weights": "random", "dtype": "bfloat16"}
+    results = rows.Results.of("bench_decode", args, argv, output_tokens=32, **what)
+    bench_decode.report_kernels(args, results, Engine(), "mixed", 8, itertools.repeat([[1]]))
     (row,) = read(tmp_path, "bench_decode")
-    assert (row["metric"], row["batch"], float(row["value"])) == ("decode_step_kernels", "8", pytest.approx(0.1))
+    assert (row["metric"], row["case"], row["batch"]) == ("decode_step_kernels", "decode step, mixed lengths", "8")
+    assert float(row["value"]) == pytest.approx(0.1)
     with pytest.raises(SystemExit, match="has left no trace"):
         variants.kernel_milliseconds(tmp_path)
 

@@ -36,11 +36,13 @@ class VllmsRule:
             self.column[row] = new
 
 
-def model_state(monkeypatch: pytest.MonkeyPatch, vllm: Any, align: bool = True, drafts: int = 0) -> BambaModelState:
+def model_state(
+    monkeypatch: pytest.MonkeyPatch, vllm: Any, align: bool = True, drafts: int = 0, recovers: object = None
+) -> BambaModelState:
     """As the runner makes it; `vllm` gets what reaches vLLM's own, which needs a GPU."""
 
     def init(self: Any, config: Any) -> None:
-        self._align_mode, self.recoverssm = align, None
+        self._align_mode, self.recoverssm = align, recovers
         self.cache_config = SimpleNamespace(mamba_block_size=BLOCK)
 
     monkeypatch.setattr(MambaHybridModelState, "__init__", init)
@@ -98,14 +100,20 @@ def test_the_same_states_are_moved_as_with_whole_batches(monkeypatch: pytest.Mon
     assert max(sizes) > 2
 
 
-@pytest.mark.parametrize(("align", "drafts"), [(False, 0), (True, 2)], ids=["no caching", "drafts"])
-def test_all_else_is_vllms(align: bool, drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("align", "drafts", "recovers", "takes_back"),
+    [(False, 0, None, False), (True, 2, None, True), (True, 0, object(), True)],
+    ids=["no caching", "drafts", "vLLM's own way to recover states"],
+)
+def test_whole_batches_reach_vllm_where_tokens_may_be_taken_back(
+    align: bool, drafts: int, recovers: object, takes_back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before: list[Any] = []
     after: list[Any] = []
     vllm = SimpleNamespace(before=before.append, after=lambda *args: after.append(args))
-    state = model_state(monkeypatch, vllm, align, drafts)
+    state = model_state(monkeypatch, vllm, align, drafts, recovers)
     batch = batch_of([3], [15], [1])
     state.preprocess_state(batch)
     state.postprocess_state("rows", 1)
     assert before == [batch]
-    assert after == ([("rows", 1)] if drafts else [])
+    assert after == ([("rows", 1)] if takes_back else [])

@@ -10,7 +10,7 @@ from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadataBuilde
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from vllm_bamba import state_metadata
-from vllm_bamba.state_metadata import InnerStateBuilder, InnerStateMetadata, StateMetadataBuilder
+from vllm_bamba.state_metadata import InnerStateBuilder, InnerStateMetadata, StateMetadata, StateMetadataBuilder
 
 UNIT = 16
 TABLE = torch.arange(1, 1 + 4 * 30, dtype=torch.int32).view(4, 30)  # block of each unit of each of four requests
@@ -64,12 +64,14 @@ def test_while_memory_is_profiled_nothing_is_kept() -> None:
 class TestDecodesForGraphs:
     """The slots of a second group of layers, against what vLLM's builder makes of the same."""
 
-    LENGTHS = (1, UNIT, UNIT + 1, 0)  # tokens of each sequence; the last row pads the batch
+    DECODES = ((1, 1), (UNIT, 1), (UNIT + 1, 1), (0, 0))  # tokens of each sequence, and new ones; the last row pads
 
-    def builder(self, kind: type[Mamba2AttentionMetadataBuilder], mode: str) -> Mamba2AttentionMetadataBuilder:
+    def builder(
+        self, kind: type[Mamba2AttentionMetadataBuilder], mode: str, largest: int = 8, graphs: str = "FULL_DECODE_ONLY"
+    ) -> Mamba2AttentionMetadataBuilder:
         compilation = SimpleNamespace(
-            max_cudagraph_capture_size=8,
-            cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY,
+            max_cudagraph_capture_size=largest,
+            cudagraph_mode=CUDAGraphMode[graphs],
             static_forward_context={"layer": SimpleNamespace(wants_graphs=False)},
         )
         config = SimpleNamespace(
@@ -77,7 +79,9 @@ class TestDecodesForGraphs:
             compilation_config=compilation,
             num_speculative_tokens=0,
             scheduler_config=SimpleNamespace(max_num_seqs=8),
-            cache_config=SimpleNamespace(use_replayssm=False, replayssm_buffer_len=0, mamba_cache_mode=mode),
+            cache_config=SimpleNamespace(
+                use_replayssm=False, replayssm_buffer_len=0, mamba_cache_mode=mode, hash_block_size=None
+            ),
             mamba_config=SimpleNamespace(backend=None),
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
             model_config=SimpleNamespace(get_mamba_chunk_size=lambda: 256),
@@ -85,38 +89,62 @@ class TestDecodesForGraphs:
         spec = MambaSpec(block_size=UNIT, shapes=((1,),), dtypes=(torch.float32,))
         return kind(spec, ["layer"], config, torch.device("cpu"))
 
-    def batch(self, table: torch.Tensor) -> CommonAttentionMetadata:
-        sequences, lengths = len(self.LENGTHS), torch.tensor(self.LENGTHS, dtype=torch.int32)
-        starts = torch.arange(sequences + 1, dtype=torch.int32).clamp_(max=sequences - 1)
+    def batch(self, table: torch.Tensor, rows: tuple[tuple[int, int], ...]) -> CommonAttentionMetadata:
+        lengths = torch.tensor([tokens for tokens, _ in rows], dtype=torch.int32)
+        new = torch.tensor([0] + [tokens for _, tokens in rows], dtype=torch.int32)
+        starts = new.cumsum(0, dtype=torch.int32)
         return CommonAttentionMetadata(
             query_start_loc=starts,
             query_start_loc_cpu=starts,
             seq_lens=lengths,
             seq_lens_cpu_upper_bound=lengths,
-            max_seq_len=max(self.LENGTHS),
-            num_reqs=sequences,
-            num_actual_tokens=sequences - 1,
-            max_query_len=1,
+            max_seq_len=int(lengths.max()),
+            num_reqs=len(rows),
+            num_actual_tokens=int(new.sum()),
+            max_query_len=int(new.max()),
             block_table_tensor=table,
-            slot_mapping=torch.zeros(sequences, dtype=torch.int64),
-            is_prefilling=torch.zeros(sequences, dtype=torch.bool),
+            slot_mapping=torch.zeros(len(rows), dtype=torch.int64),
+            is_prefilling=new[1:] > 1,
         )
 
-    @pytest.mark.parametrize("mode", ["none", "align"])
-    def test_stand_where_vllm_puts_them_and_at_the_same_address(self, mode: str) -> None:
+    def of_two_groups(
+        self, mode: str, rows: tuple[tuple[int, int], ...], **graphs: object
+    ) -> dict[str, list[tuple[StateMetadata, bool]]]:
+        """By vLLM's builder and ours: metadata of the first and of the second group, and if graphs find its slots."""
         columns = 1 if mode == "none" else TABLE.shape[1]
-        table = torch.where(torch.tensor(self.LENGTHS).unsqueeze(1) > 0, TABLE, 0)[:, :columns]
-        made = {}
-        for kind in (Mamba2AttentionMetadataBuilder, StateMetadataBuilder):
-            first, second = self.builder(kind, mode), self.builder(kind, mode)
-            of_first = first.build(0, self.batch(table))
+        table = torch.where(torch.tensor([tokens for tokens, _ in rows]).unsqueeze(1) > 0, TABLE, 0)[:, :columns]
+        made: dict[str, list[tuple[StateMetadata, bool]]] = {}
+        for name, kind in (("vllm", Mamba2AttentionMetadataBuilder), ("ours", StateMetadataBuilder)):
+            first, second = (self.builder(kind, mode, **graphs) for _ in range(2))  # type: ignore[arg-type]
+            of_first = first.build(0, self.batch(table, rows))
             of_second = second.update_block_table(of_first, table + 500, torch.zeros(0))
-            assert of_second.state_indices_tensor_d.data_ptr() == second.state_indices_tensor_d.data_ptr()
-            made[kind] = [of_first, of_second]
-        vllms, ours = made.values()
-        assert ours[0].slot_columns is not None
-        for theirs, mine in zip(vllms, ours, strict=True):
+            made[name] = [
+                (of_group, of_group.state_indices_tensor_d.data_ptr() == builder.state_indices_tensor_d.data_ptr())
+                for builder, of_group in ((first, of_first), (second, of_second))
+            ]
+        return made
+
+    @pytest.mark.parametrize("mode", ["none", "align"])
+    @pytest.mark.parametrize(
+        ("rows", "graphs", "fetched"),
+        [
+            (DECODES, {}, True),
+            (DECODES, {"largest": 3}, False),
+            (DECODES, {"graphs": "PIECEWISE"}, False),
+            ((*DECODES[:3], (20, 5)), {}, False),
+        ],
+        ids=["decodes", "more than graphs take", "no graphs of whole steps", "a prefill among them"],
+    )
+    def test_stand_where_vllm_puts_them(
+        self, mode: str, rows: tuple[tuple[int, int], ...], graphs: dict[str, object], fetched: bool
+    ) -> None:
+        made = self.of_two_groups(mode, rows, **graphs)
+        for (theirs, of_graphs), (mine, of_ours) in zip(made["vllm"], made["ours"], strict=True):
+            assert of_ours == of_graphs == fetched
             assert mine.state_indices_tensor_d.tolist() == theirs.state_indices_tensor_d.tolist()
-            assert mine.num_decodes == theirs.num_decodes == len(self.LENGTHS)
+            assert mine.state_indices_tensor_p.tolist() == theirs.state_indices_tensor_p.tolist()
+            assert (mine.num_decodes, mine.num_prefills) == (theirs.num_decodes, theirs.num_prefills)
             assert torch.equal(mine.seq_lens, theirs.seq_lens)
-        assert ours[0].state_indices_tensor_d.tolist() != ours[1].state_indices_tensor_d.tolist()
+            assert (mine.slot_columns is not None) == fetched
+        first, second = (of_group.state_indices_tensor_d.tolist() for of_group, _ in made["ours"])
+        assert first != second

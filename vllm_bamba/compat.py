@@ -28,9 +28,10 @@ operator `vllm::mamba_mixer2`
 `ForwardContext.cudagraph_runtime_mode`, `update_block_table`, `nums_dict` of `causal_conv1d_fn`'s metadata
     Short prefills are graphs of each mixer, captured when vLLM captures its piecewise ones and described at addresses
     that stay: see `prefill_graphs.py`. Goes when vLLM's own graphs of prefills take mixers in.
-`get_model_state_cls`, `MambaHybridModelState.preprocess_state`, `.postprocess_state`
-    Model Runner V2 moves only states that go on in another block: see `model_state.py`. Goes when vLLM's kernels are
-    launched for those alone.
+`get_model_state_cls`, `MambaHybridModelState.preprocess_state`, `.postprocess_state`, `num_computed_tokens_np` of V2's
+batch
+    Model Runner V2 moves only states that go on in another block: see `model_state.py`. Run in 0.33 with slots; the CPU
+    engine has V1 alone. Goes when vLLM's kernels are launched for those states alone.
 `vllm.model_executor.layers.mamba.ops`
     The operators underneath ours. Goes operator by operator, as each gets a kernel of its own.
 `configs`, `cache` and `cache_results` of its autotuned scan kernels (Triton 3.6 and 3.9)
@@ -73,7 +74,7 @@ the same, and `MambaManager.cache_blocks`
     Where a chat's system messages end is known where it is rendered, and is wanted in the scheduler. Goes when vLLM
     tells schedulers of messages.
 `CacheConfig.mamba_block_size`
-    Model Runner V2 counts states by it. Goes when it asks the specification.
+    Model Runner V2 counts states by it, and `model_state.py` with it. Goes when it asks the specification.
 
 Two of these work round bugs of vLLM's prefix caching, which serve wrong tokens:
 

@@ -27,11 +27,12 @@ class Moves:
 
 
 class BambaModelState(MambaHybridModelState):
-    """vLLM's, for prefix caching without speculation on fewer and smaller kernels.
+    """vLLM's, which without drafts launches fewer and smaller kernels.
 
-    vLLM launches programs for every request, layer and part of a state, before and after every step, and leaves it to
-    them to find that there is nothing to do. Before a step the host knows which requests pass the end of a block; after
-    it only rejected tokens would leave anything to do.
+    Before and after every step vLLM launches programs for every request, layer and part of a state, and leaves it to
+    them to find that there is nothing to do: it takes what the host knows of requests' lengths for upper bounds. Only
+    rejected tokens make them that. Without drafts they are exact, so the host can say which requests pass the end of a
+    block in a step, and nothing is left to do behind it.
     """
 
     def __init__(self, vllm_config: Any, *args: Any):

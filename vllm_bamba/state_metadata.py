@@ -6,7 +6,8 @@ asks the metadata's builder where it is. A prompt's reusable end then costs no s
 *A lone prefill* of few tokens is described at fixed addresses as well, for `prefill_graphs`.
 
 *Decodes in a CUDA graph* differ from one group of layers to the next in their slots alone, which the graph reads at one
-address a group: one operation fetches them, where vLLM's own way takes several. A step of the 9B asks ten groups.
+address a group: one operation fetches them, where vLLM goes through all of the metadata. A step of the 9B asks ten
+groups.
 """
 
 from __future__ import annotations
@@ -91,8 +92,8 @@ class StateMetadata(Mamba2AttentionMetadata):
     Attributes:
         lone_slots: int32 [2], the slots of a lone prefill and of the state inside of it, 0 where none is kept; always
             the same tensor. None for other batches.
-        slot_columns: int64 [sequences, 1], where in its row of a group's block table each sequence's slot stands, in a
-            batch of decodes for CUDA graphs. None for other batches.
+        slot_columns: int64 [sequences, 1], where in its row of any group's block table each sequence's slot stands;
+            None where no second group has asked, or decodes are not in a CUDA graph.
     """
 
     lone_slots: torch.Tensor | None = None
@@ -122,8 +123,6 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *args: Any, **kwargs: Any
     ) -> StateMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
-        if self._is_for_graphs(metadata):
-            return replace(metadata, slot_columns=self._slot_columns(metadata.seq_lens))
         inner = metadata.checkpoint_meta
         if isinstance(inner, InnerStateMetadata):
             chunks = torch.cat([metadata.last_chunk_indices_p.long(), metadata.checkpoint_chunk_idx])
@@ -144,7 +143,10 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
         self, metadata: StateMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
     ) -> StateMetadata:
         """The same batch for another group of layers."""
-        if metadata.slot_columns is not None:
+        if self._is_for_graphs(metadata):
+            assert len(blk_table) == metadata.num_decodes
+            if metadata.slot_columns is None:
+                metadata.slot_columns = self._slot_columns(metadata.seq_lens)
             slots = self.state_indices_tensor_d[: metadata.num_decodes]
             torch.gather(blk_table, 1, metadata.slot_columns, out=slots)
             of_group = copy.copy(metadata)
@@ -154,14 +156,9 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
         return of_group if metadata.lone_slots is None else self._with_lone_slots(of_group)
 
     def _is_for_graphs(self, metadata: StateMetadata) -> bool:
-        """Whether vLLM's `build` has put the slots where CUDA graphs look for them; not with speculation."""
-        slots = metadata.state_indices_tensor_d
-        return (
-            self.supports_update_block_table
-            and metadata.num_prefills == 0
-            and slots is not None
-            and slots.data_ptr() == self.state_indices_tensor_d.data_ptr()
-        )
+        """Whether vLLM, too, would put the slots where CUDA graphs look for them."""
+        fits = metadata.num_decodes <= self.decode_cudagraph_max_bs
+        return metadata.num_prefills == 0 and fits and self.compilation_config.cudagraph_mode.has_full_cudagraphs()
 
     def _slot_columns(self, lengths: torch.Tensor) -> torch.Tensor:
         """Where vLLM's `mamba_get_block_table_tensor` finds slots, of sequences of `lengths` tokens."""

@@ -12,6 +12,7 @@ import vllm_bamba
 from benchmarks import prefix_hits as scenario
 from benchmarks.simulator import Geometry, Simulator
 from vllm_bamba.prefix import scheduler
+from vllm_bamba.prefix.managers import BambaStateManager
 
 vllm_bamba.register()
 text = scenario.text
@@ -138,6 +139,8 @@ def assert_consistent(engine: Simulator) -> None:
     pool, slots = engine.scheduler.kv_cache_manager.block_pool, engine.scheduler.slots
     assert pool.get_num_free_blocks() == engine.geometry.blocks - 1
     assert slots.plans == {}
+    managers = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
+    assert [m._last_block for m in managers if isinstance(m, BambaStateManager)] == [{}] * engine.geometry.mamba_groups
     for key, states in slots._states.items():
         assert len(states) == engine.geometry.mamba_groups
         assert all(block.block_hash is not None for block in states + slots._texts[key])

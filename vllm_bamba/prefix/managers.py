@@ -51,7 +51,7 @@ class BambaStateManager(MambaManager):
         super().__init__(kv_cache_spec, block_pool, **kwargs)
         self.slots = Slots.of(block_pool)
         self.slots.groups += 1
-        self._passed: dict[str, int] = {}  # blocks of each request whose last token is done
+        self._last_block: dict[str, int] = {}  # of each request, the block of its last token that is done
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
@@ -64,14 +64,14 @@ class BambaStateManager(MambaManager):
         return self.slots.inner(request_id) > 0
 
     def remove_skipped_blocks(self, request_id: str, processed_computed_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's, which finds nothing more to give back before the next block is done."""
-        passed = (processed_computed_tokens - 1) // self.block_size
-        if passed != self._passed.get(request_id):
-            self._passed[request_id] = passed
+        """As vLLM's, which finds nothing more to give back until that token stands in another block."""
+        last = (processed_computed_tokens - 1) // self.block_size
+        if last != self._last_block.get(request_id):
+            self._last_block[request_id] = last
             super().remove_skipped_blocks(request_id, processed_computed_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        self._passed.pop(request_id, None)
+        self._last_block.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:

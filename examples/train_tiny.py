@@ -8,6 +8,9 @@ Data: the documentation that ships with CPython (the language reference topics o
 library's docstrings; PSF License 2.0, which permits redistribution). One module's docstrings form one document, one
 document in twenty is held out. Sequences are packed without padding by `DataCollatorWithFlattening`: `position_ids`
 keep attention, `seq_idx` keeps the convolution and the state, inside one document.
+
+The checkpoint in this repository: 2,600 steps of at most 2,048 tokens, seed 0, on a CPU; held-out perplexity 23.3 a
+token, 1.75 bits a byte (`bamba-tiny/training.json`).
 """
 
 import argparse

@@ -190,6 +190,20 @@ def test_attention_rotates_as_many_channels_as_the_config_says(monkeypatch: pyte
     assert attention.rotary_emb.rotary_dim == 28
 
 
+def test_the_head_is_quantised_like_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_bamba import model
+
+    made: dict[str, object] = {}
+    monkeypatch.setattr(model, "BambaModel", lambda **_: SimpleNamespace(make_empty_intermediate_tensors=None))
+    monkeypatch.setattr(model, "ParallelLMHead", lambda *_, **options: made.update(options))
+    monkeypatch.setattr(model, "LogitsProcessor", lambda *_: None)
+    monkeypatch.setattr(model, "get_pp_group", lambda: SimpleNamespace(is_last_rank=True))
+    config = engine()
+    config.quant_config = object()
+    model.BambaForCausalLM(vllm_config=config)
+    assert made == {"quant_config": config.quant_config, "prefix": "lm_head"}
+
+
 def test_rotary_fraction_is_a_half_even_where_rope_parameters_do_not_say() -> None:
     assert BambaShape.from_hf(raw(rope_parameters=None)).rotary_dim == 8
     assert BambaShape.from_hf(raw(rope_parameters={"rope_theta": 500.0})).rotary_dim == 8
@@ -219,6 +233,11 @@ def test_a_model_without_attention_layers_is_possible(absent: object) -> None:
         ("mamba_d_head", {"mamba_d_head": 16}),
         ("mamba_d_head", {"mamba_d_head": "large"}),
         ("mamba_expand", {"mamba_expand": 3}),
+        ("mamba_expand", {"mamba_expand": None}),
+        ("mamba_expand", {"mamba_expand": None, "mamba_d_head": "auto"}),
+        ("mamba_n_heads", {"mamba_n_heads": 0, "mamba_d_head": "auto"}),
+        ("rms_norm_eps", {"rms_norm_eps": None}),
+        ("rms_norm_eps", {"rms_norm_eps": 0.0}),
         ("mamba_n_groups", {"mamba_n_groups": 3}),
         ("mamba_d_state", {"mamba_d_state": 0}),
         ("mamba_d_conv", {"mamba_d_conv": 1}),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from parity import Answer, Engine, Reference, assert_same, check_low_precision, random_prompts, save_random
+from parity import LIMIT, Answer, Engine, Reference, assert_same, check_low_precision, random_prompts, save_random
 
 # lengths about the chunk (16) and the convolution's width (4), one token, and several blocks
 LENGTHS = [1, 2, 3, 4, 15, 16, 17, 33, 100]
@@ -90,6 +90,9 @@ def test_embedded_checkpoint_equals_transformers(tiny):
     reference = Reference(tiny)
     for answer in answers:
         reference.check(answer)
+        text = answer.prompt + answer.generated
+        best, second = reference.logprobs(text)[len(answer.prompt) - 1 : -1].topk(2).values.unbind(-1)
+        assert (best - second).min() > 2 * LIMIT, "two engines within the limit could choose differently"
 
 
 def test_batches_of_mixed_lengths_equal_one_request_at_a_time(tmp_path):

@@ -126,11 +126,14 @@ class BambaShape:
             raise ValueError(
                 f"mamba_n_groups = {self.mamba_groups} does not divide mamba_n_heads = {self.mamba_heads}."
             )
-        if self.mamba_intermediate != config.mamba_expand * self.hidden_size:
+        expanded = _positive(config, "mamba_expand") * self.hidden_size
+        if self.mamba_intermediate != expanded:
             raise ValueError(
                 f"mamba_n_heads x mamba_d_head = {self.mamba_intermediate} differs from "
-                f"mamba_expand x hidden_size = {config.mamba_expand * self.hidden_size}."
+                f"mamba_expand x hidden_size = {expanded}."
             )
+        if not isinstance(self.rms_norm_eps, float) or self.rms_norm_eps <= 0:
+            raise ValueError(f"rms_norm_eps = {self.rms_norm_eps!r}: expected a positive number, such as 1e-5.")
         if not 2 <= self.conv_width <= 4:
             raise ValueError(f"mamba_d_conv = {self.conv_width}: convolutions of width 2, 3 and 4 are supported.")
         if self.chunk_size & (self.chunk_size - 1):
@@ -161,8 +164,8 @@ def _divide(value: int, name: str, parts: int, parts_name: str) -> int:
 def _mamba_head_dim(config: Any) -> int:
     """`mamba_d_head`, which may be "auto": mamba_expand x hidden_size / mamba_n_heads."""
     if config.mamba_d_head == "auto":
-        inner = config.mamba_expand * config.hidden_size
-        return _divide(inner, "mamba_expand x hidden_size", config.mamba_n_heads, "mamba_n_heads")
+        inner = _positive(config, "mamba_expand") * config.hidden_size
+        return _divide(inner, "mamba_expand x hidden_size", _positive(config, "mamba_n_heads"), "mamba_n_heads")
     return _positive(config, "mamba_d_head")
 
 

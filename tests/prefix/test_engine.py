@@ -80,6 +80,18 @@ def test_what_is_hit_is_counted_and_right(model: str, reference: Reference) -> N
     assert worst(reference, [answer for answer, _, _ in seen]) <= LIMIT
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_a_short_chunk_leaves_the_state_that_it_starts_from_as_it_is(
+    tokens: int, model: str, reference: Reference
+) -> None:
+    """Fewer new tokens than the convolution looks back: what they continue is shared, and is continued again."""
+    shared, *others = random_prompts([32, tokens, tokens, tokens])
+    with Engine(model) as engine:
+        seen = [ask(engine, [*shared, 1]), *(ask(engine, shared + other) for other in others * 2)]
+    assert [cached for _, cached in seen] == [0] + [32] * 6
+    assert worst(reference, [answer for answer, _ in seen]) <= LIMIT
+
+
 def test_slots_can_be_switched_off(model: str, reference: Reference) -> None:
     prompt = random_prompts([300])[0]
     with Engine(model, additional_config={"bamba_prefix_slots": False}) as engine:

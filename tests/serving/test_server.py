@@ -1,6 +1,7 @@
 """`vllm serve` with no flag but the address: what a user types, over HTTP, with the embedded checkpoint."""
 
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -124,3 +125,11 @@ def test_prompt_beyond_the_context_is_a_client_error_and_the_server_lives(server
     assert answer.status_code == 400
     assert "maximum context length is 8192 tokens" in answer.json()["error"]["message"]
     assert complete(server, PROMPT).status_code == 200
+
+
+def test_the_chat_example_talks(server):
+    command = [sys.executable, str(pathlib.Path(__file__).parents[2] / "examples" / "chat.py"), "--url", server]
+    command += ["--max-tokens", "24", "What is a list?", "And a tuple?", "And a dictionary?"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Assistant:") == 3

@@ -34,7 +34,9 @@ from vllm_bamba.ops.ssd_prefill.reference import ssd_prefill_reference
 from vllm_bamba.ops.ssm_step import ssm_step
 from vllm_bamba.state import PrefillPlan
 
-HEADS, HEAD_DIM, STATE = 4, 16, 32
+HEADS = 4
+SMALL, NINE_B = (16, 32, CHUNK), (64, 128, 256)  # head_dim, state, chunk size
+HEAD_DIM, STATE, _ = SMALL
 LIMIT = (0.05, 0.4)
 
 # name -> tokens of each sequence, tokens that came before
@@ -81,34 +83,39 @@ class Inputs(NamedTuple):
         return self._replace(x=x, B=B, C=C, dt=inside(self.dt))
 
 
-def inputs(tokens: int, dtype: torch.dtype = torch.float32, groups: int = 1, seed: int = 0) -> Inputs:
+def inputs(
+    tokens: int, dtype: torch.dtype = torch.float32, groups: int = 1, seed: int = 0, sizes: tuple[int, int, int] = SMALL
+) -> Inputs:
     """Random inputs; A is exact in bf16, so that a precision's error is that of its arithmetic alone."""
+    head_dim, state, _ = sizes
     decay = -torch.linspace(0.3, 9.0, HEADS).bfloat16().float().to(DEVICE)
     return Inputs(
-        x=randn(seed + 1, tokens, HEADS, HEAD_DIM, dtype=dtype),
+        x=randn(seed + 1, tokens, HEADS, head_dim, dtype=dtype),
         dt=randn(seed + 2, tokens, HEADS, dtype=dtype),
         A=decay,
-        B=randn(seed + 3, tokens, groups, STATE, dtype=dtype, scale=0.5),
-        C=randn(seed + 4, tokens, groups, STATE, dtype=dtype, scale=0.5),
+        B=randn(seed + 3, tokens, groups, state, dtype=dtype, scale=0.5),
+        C=randn(seed + 4, tokens, groups, state, dtype=dtype, scale=0.5),
         D=randn(seed + 5, HEADS, dtype=dtype),
         dt_bias=randn(seed + 6, HEADS, dtype=dtype) - 2,
     )
 
 
 def check(
-    batch: str,
+    batch: str | tuple[list[int], list[int]],
     dtype: torch.dtype,
     state_dtype: torch.dtype,
     groups: int = 1,
     limit: tuple[float, float] = NO_LIMIT,
     inner: dict[int, tuple[int, int]] | None = None,
+    sizes: tuple[int, int, int] = SMALL,
 ) -> None:
-    lengths, computed = BATCHES[batch]
+    lengths, computed = BATCHES[batch] if isinstance(batch, str) else batch
+    head_dim, state, chunk_size = sizes
     slots, of_inner = SLOTS[: len(lengths)], [slot for _, slot in (inner or {}).values()]
-    plan = prefill_plan(lengths, slots, computed, inner=inner)
-    given = inputs(plan.num_tokens, dtype, groups)
-    cache = Slots(11, (HEADS, HEAD_DIM, STATE), state_dtype)
-    history = randn(9, len(lengths), HEADS, HEAD_DIM, STATE, dtype=state_dtype)
+    plan = prefill_plan(lengths, slots, computed, chunk_size, inner)
+    given = inputs(plan.num_tokens, dtype, groups, sizes=sizes)
+    cache = Slots(11, (HEADS, head_dim, state), state_dtype)
+    history = randn(9, len(lengths), HEADS, head_dim, state, dtype=state_dtype)
     for slot, continues, before in zip(slots, computed, history, strict=True):
         if continues:
             cache.state[slot] = before
@@ -134,6 +141,12 @@ def check(
 @pytest.mark.parametrize("batch", BATCHES)
 def test_prefill_is_the_reference(batch: str, dtype: torch.dtype) -> None:
     check(batch, dtype, dtype)
+
+
+def test_prefill_at_the_9bs_sizes_in_the_launches_of_the_table() -> None:
+    """Some launches of the scan have been known to give NaN rows on compute capability 9.0."""
+    kernels.use_tuned_launches(*NINE_B, torch.bfloat16, DEVICE)
+    check(([300, 40, 257], [100, 0, 256]), torch.bfloat16, torch.bfloat16, sizes=NINE_B)
 
 
 @pytest.mark.parametrize("batch", ["one_token", "continued_alone_inside_a_chunk", "some_continue"])

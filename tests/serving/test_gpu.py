@@ -12,6 +12,7 @@ from parity import (
     random_prompts,
     save_random,
 )
+from test_parity import CONFIGURATIONS as ON_CPUS
 from traffic import traffic
 from transformers import AutoConfig
 from vllm.compilation.monitor import set_cudagraph_capturing_enabled
@@ -41,14 +42,8 @@ FP8 = {"bamba_fused_step": True, "bamba_state_dtype": "fp8"}
 PADDED = {"inductor_compile_config": {"force_shape_pad": True}}  # products, if Inductor may pad any
 each_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
 
-CONFIGURATIONS = {
-    "plain": {},
-    "biases": {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True},
-    "no_conv_bias_and_tied_embeddings": {"mamba_conv_bias": False, "tie_word_embeddings": True},
-    "two_groups": {"mamba_n_groups": 2},
-    "time_step_limit": {"time_step_limit": (0.05, 0.2)},
-    "no_attention_layer": {"attn_layer_indices": []},
-    "conv_width_2": {"mamba_d_conv": 2},
+CONFIGURATIONS = ON_CPUS | {
+    "all_biases": {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True},
     "chunks_of_256": {"mamba_chunk_size": 256},
     "sums_long_enough_for_skinny_products": {
         "hidden_size": 512,
@@ -161,7 +156,18 @@ def test_what_nobody_asked_for_is_the_fused_step_with_prefix_slots(tiny):
         config = engine.llm.llm_engine.vllm_config
         assert StepOptions.of(config, BambaShape.from_hf(config.model_config.hf_config)).fused
         assert active(config)
+        assert config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         answers = engine.answers(prompts, 16)
+    check_low_precision(answers, *references(tiny))
+
+
+@each_step
+def test_answers_that_pass_a_block_of_vllms_own_caching_equal_transformers(step, tiny):
+    with Engine(tiny, **DEFAULTS, max_model_len=1024, additional_config=step | {"bamba_prefix_slots": False}) as engine:
+        block = engine.llm.llm_engine.vllm_config.cache_config.block_size
+        prompts = random_prompts([block - 5, block - 1, block, 2 * block - 3, 2 * block + 1], vocabulary=1024)
+        answers = engine.answers(prompts, 16, prompt_logprobs=False)
+        answers += engine.answers(prompts, 16, prompt_logprobs=False)  # from the cache
     check_low_precision(answers, *references(tiny))
 
 
@@ -209,8 +215,9 @@ def test_two_gpus_equal_transformers(split, step, tiny):
 
 
 @pytest.mark.gpu2
-def test_random_traffic_on_two_gpus_equals_transformers(tiny):
-    check_random_traffic(STEPS["fused_step"], tiny, tensor_parallel_size=2)
+@pytest.mark.parametrize("split", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_random_traffic_on_two_gpus_equals_transformers(split, tiny):
+    check_random_traffic(STEPS["fused_step"], tiny, **{split: 2})
 
 
 @each_step

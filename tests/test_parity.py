@@ -6,6 +6,8 @@ import pytest
 import torch
 from parity import LIMIT, Answer, Engine, Reference, assert_same, check_low_precision, random_prompts, save_random
 
+from vllm_bamba.state_metadata import StateMetadataBuilder
+
 # lengths about the chunk (16) and the convolution's width (4), one token, and several blocks
 LENGTHS = [1, 2, 3, 4, 15, 16, 17, 33, 100]
 
@@ -102,6 +104,28 @@ def test_batches_of_mixed_lengths_equal_one_request_at_a_time(tmp_path):
         together = engine.answers(prompts, lengths)
         alone = [engine.answers([p], n)[0] for p, n in zip(prompts, lengths, strict=True)]
     assert_same(together, alone)
+
+
+@pytest.mark.parametrize("caching", [False, True], ids=["no caching", "slots"])
+def test_prompts_of_one_token_begin_from_nothing(caching, tmp_path, monkeypatch):
+    """All at once they are decodes to Model Runner V1, in slots that others have used."""
+    build, seen = StateMetadataBuilder.build, []
+
+    def remember(*given, **more):
+        seen.append(build(*given, **more))
+        return seen[-1]
+
+    monkeypatch.setattr(StateMetadataBuilder, "build", remember)
+    path = save_random(tmp_path, num_hidden_layers=6, attn_layer_indices=[2])  # two groups of Mamba layers and more
+    with Engine(path, max_num_seqs=4, enable_prefix_caching=caching, num_gpu_blocks_override=40) as engine:
+        engine.answers(random_prompts([60] * 6), 5)
+        answers = engine.answers(random_prompts([1] * 7), 40)
+    first = [metadata for metadata in seen if len(metadata.first_rows)]
+    assert sum(len(metadata.first_rows) for metadata in first) >= 4
+    assert all(metadata.num_prefills == 0 for metadata in first)
+    reference = Reference(path)
+    for answer in answers:
+        reference.check(answer)
 
 
 @pytest.mark.parametrize("budget", [5, 16, 19, 64])

@@ -84,6 +84,7 @@ class TestDecodesForGraphs:
             ),
             mamba_config=SimpleNamespace(backend=None),
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+            use_v2_model_runner=True,
             model_config=SimpleNamespace(get_mamba_chunk_size=lambda: 256),
         )
         spec = MambaSpec(block_size=UNIT, shapes=((1,),), dtypes=(torch.float32,))

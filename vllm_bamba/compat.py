@@ -23,7 +23,8 @@ operator `vllm::mamba_mixer2`
 `MambaPrefillCheckpointBuilder`, `MambaSpec.num_prefill_checkpoint_blocks`, `MambaManager._needs_internal_checkpoint`
     A state inside of a prefill is kept without a step of its own: see `state_metadata.py`. Goes with the slots; vLLM's
     own caching needs the first two of any mixer.
-`CacheConfig.hash_block_size` (None while memory is profiled), `CommonAttentionMetadata.seq_lens_cpu_upper_bound`
+`CacheConfig.hash_block_size` (None while memory is profiled), `CommonAttentionMetadata.seq_lens_cpu_upper_bound` and
+`.is_prefilling`, `VllmConfig.use_v2_model_runner`
     What the builder reads of a batch, with `regather_state_indices` and `async_tensor_h2d`. Goes with the builder.
 `ForwardContext.cudagraph_runtime_mode`, `update_block_table`, `nums_dict` of `causal_conv1d_fn`'s metadata
     Short prefills are graphs of each mixer, captured when vLLM captures its piecewise ones and described at addresses

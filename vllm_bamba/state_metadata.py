@@ -8,6 +8,9 @@ asks the metadata's builder where it is. A prompt's reusable end then costs no s
 *Decodes in a CUDA graph* differ from one group of layers to the next in their slots alone, which the graph reads at one
 address a group: one operation fetches them, where vLLM goes through all of the metadata. A step of the 9B asks ten
 groups.
+
+*First tokens alone.* Model Runner V1 replays graphs of decodes for any batch of one token a sequence, prompts of one
+token among them, which vLLM describes as prefills: nobody tells the graph. Here they are decodes from a state of zeros.
 """
 
 from __future__ import annotations
@@ -94,10 +97,13 @@ class StateMetadata(Mamba2AttentionMetadata):
             the same tensor. None for other batches.
         slot_columns: int64 [sequences, 1], where in its row of any group's block table each sequence's slot stands;
             None where no second group has asked, or decodes are not in a CUDA graph.
+        first_rows: sequences of one token, whose states of zeros each group makes for itself, in a batch of one token a
+            sequence for Model Runner V1.
     """
 
     lone_slots: torch.Tensor | None = None
     slot_columns: torch.Tensor | None = None
+    first_rows: Sequence[int] = ()
 
 
 class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
@@ -108,21 +114,27 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.checkpoint_builder = InnerStateBuilder(vllm_config, kv_cache_spec)
-        self.lone, self._layers = None, []
-        layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
+        self.lone = None
+        self._layers = layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
         graphs = vllm_config.speculative_config is None and all(layer.wants_graphs for layer in layers)
         if graphs and current_platform.is_cuda():
             self.lone = lone_prefill(self.chunk_size, device)
             self.lone_slots = torch.zeros(2, dtype=torch.int32, device=device)
             self._no_slot = torch.zeros(1, dtype=torch.int32, device=device)
-            self._layers = layers
             for layer in layers:
                 layer.lone, layer.lone_slots = self.lone, self.lone_slots
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *args: Any, **kwargs: Any
     ) -> StateMetadata:
+        first_rows = self._first_rows(common_attn_metadata)
+        if first_rows:
+            nothing = torch.zeros_like(common_attn_metadata.is_prefilling)
+            common_attn_metadata = common_attn_metadata.replace(is_prefilling=nothing)
         metadata = super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
+        if first_rows:
+            self._begin(common_attn_metadata.block_table_tensor, first_rows)
+            return replace(metadata, first_rows=first_rows)
         inner = metadata.checkpoint_meta
         if isinstance(inner, InnerStateMetadata):
             chunks = torch.cat([metadata.last_chunk_indices_p.long(), metadata.checkpoint_chunk_idx])
@@ -143,6 +155,8 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
         self, metadata: StateMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
     ) -> StateMetadata:
         """The same batch for another group of layers."""
+        if metadata.first_rows:
+            self._begin(blk_table, metadata.first_rows)
         if self._is_for_graphs(metadata):
             assert len(blk_table) == metadata.num_decodes
             if metadata.slot_columns is None:
@@ -154,6 +168,21 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
             return of_group
         of_group = super().update_block_table(metadata, blk_table, slot_mapping)
         return of_group if metadata.lone_slots is None else self._with_lone_slots(of_group)
+
+    def _first_rows(self, m: CommonAttentionMetadata) -> list[int]:
+        """Sequences of one token in a batch that Model Runner V1 may take for one of decodes."""
+        if m.max_query_len > 1 or self.use_spec_decode or self.vllm_config.use_v2_model_runner:
+            return []
+        assert m.is_prefilling is not None
+        assert m.seq_lens_cpu_upper_bound is not None
+        return (m.is_prefilling & (m.seq_lens_cpu_upper_bound == 1)).nonzero().flatten().tolist()
+
+    def _begin(self, block_table: torch.Tensor, rows: Sequence[int]) -> None:
+        """Fill the slots of sequences without a token with zeros, which is where a recurrence begins."""
+        slots = block_table[rows, 0].long()
+        for layer in self._layers:
+            for state in layer.kv_cache:
+                state[slots] = 0
 
     def _is_for_graphs(self, metadata: StateMetadata) -> bool:
         """Whether vLLM, too, would put the slots where CUDA graphs look for them."""

@@ -96,6 +96,7 @@ def test_model_runner_v1_equals_transformers(step, tiny, monkeypatch):
         with Engine(tiny, **DEFAULTS, additional_config=step) as engine:
             assert not engine.llm.llm_engine.vllm_config.use_v2_model_runner
             answers = engine.answers(random_prompts([1, 50, 300], vocabulary=1024), 40)
+            answers += engine.answers(random_prompts([1] * 6, vocabulary=1024, seed=1), 20)  # the graphs of decodes'
     finally:  # it forbids graphs to be captured when its own are, and V2 in the same process does not allow it again
         set_cudagraph_capturing_enabled(True)
     check_low_precision(answers, *references(tiny))

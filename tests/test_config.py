@@ -275,7 +275,6 @@ def engine(**changes: object) -> SimpleNamespace:
         "speculative": None,
         "lora": None,
         "state_dtype": "auto",
-        "eager": False,
         "quantization": None,
         "connector": None,
         "offloading": None,
@@ -287,7 +286,6 @@ def engine(**changes: object) -> SimpleNamespace:
         model_config=SimpleNamespace(
             hf_config=values["hf_config"],
             model=values["model"],
-            enforce_eager=values["eager"],
             quantization=values["quantization"],
             dtype=values["dtype"],
         ),

@@ -79,6 +79,11 @@ def lengths(kind: str, batch: int) -> list[int]:
     return [PROMPT + (i % SPREAD if kind == "mixed" else 0) for i in range(batch)]
 
 
+def columns_of(variant: Variant, kind: str, batch: int) -> dict[str, Any]:
+    """Of a result row."""
+    return variant.columns | PROMPTS[kind] | {"batch": batch, "verified": "n/a: random weights"}
+
+
 def measure(
     args: argparse.Namespace, variants: list[Variant], batch: int, prompts: Iterator[list[list[int]]]
 ) -> dict[str, Samples]:
@@ -101,7 +106,7 @@ def report(results: Results, variants: list[Variant], kind: str, batch: int, ste
     """Write and print what was measured of one batch: steps, and how they compare."""
     for variant in variants:
         sample = steps[variant.name]
-        columns = variant.columns | PROMPTS[kind] | {"batch": batch, "verified": "n/a: random weights"}
+        columns = columns_of(variant, kind, batch)
         results.add_samples(sample, metric="decode_step", unit="ms", **columns)
         print(f"  {variant.name} {sample.median:.2f} ({sample.low:.2f} to {sample.high:.2f})", end="")
         for other in dict.fromkeys(("vllm_operators", CACHED.get(variant.name, "vllm_operators"))):
@@ -138,7 +143,7 @@ def report_kernels(
         progress(f"{variant.name}: no kernels in its profile, so no row of them")
         return
     step = (taken[1] - taken[0]) / PROFILED
-    columns = variant.columns | PROMPTS[kind] | {"batch": batch, "verified": "n/a: random weights"}
+    columns = columns_of(variant, kind, batch)
     results.add(metric="decode_step_kernels", unit="ms", value=step, repeats=1, **columns)
     print(f"  {variant.name}: kernels {step:.3f} ms", flush=True)
 
@@ -163,9 +168,10 @@ def main(argv: Sequence[str]) -> None:
         write_model(pathlib.Path(folder), "bamba", args.shape)
         with running({name: options_of(args, name, folder) for name in args.variants}) as variants:
             for batch, kind in itertools.product(args.batches, args.prompts):
-                prompts = (random_prompts(lengths(kind, batch), config.vocab_size, seed) for seed in seeds)
+                tokens = lengths(kind, batch)
+                prompts = (random_prompts(tokens, config.vocab_size, seed) for seed in seeds)
                 steps = measure(args, variants, batch, prompts)
-                floor = limits.floor_ms(moved.decode_step(batch, PROMPT + (SPREAD + args.steps) // 2))
+                floor = limits.floor_ms(moved.decode_step(batch, sum(tokens) // batch + args.steps // 2))
                 results.add(
                     variant="floor", batch=batch, metric="decode_step", unit="ms", value=floor, repeats=1,
                     verified="n/a", state_dtype=dtype_name(dtype), cache_mode="none",

@@ -11,8 +11,7 @@ Each was read in 0.32 and 0.33, and run in 0.32 on CPUs and in 0.33 on GPUs, unl
 `_LazyRegisteredModel` in `ModelRegistry.models`, `_ModelInfo` and where it is kept (in `registration.py`)
     A first start asks the class what it can do without a second Python for it. Goes when vLLM lets plugins say so.
 `CompilationConfig.inductor_compile_config`
-    Products between pieces of the model keep their strides: see `keep_strides`. Goes when pieces check their
-    inputs.
+    Products between pieces of the model keep their strides: see `keep_strides`. Goes when pieces check their inputs.
 `TRITON_CACHE_DIR`
     Kernels are kept from one start to the next: see `keep_compiled_kernels`. Goes when vLLM sets it in every start.
 operator `vllm::mamba_mixer2`

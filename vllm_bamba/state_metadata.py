@@ -115,6 +115,7 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.checkpoint_builder = InnerStateBuilder(vllm_config, kv_cache_spec)
         self.lone = None
+        self._begins_decodes = not (self.use_spec_decode or vllm_config.use_v2_model_runner)
         self._layers = layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
         graphs = vllm_config.speculative_config is None and all(layer.wants_graphs for layer in layers)
         if graphs and current_platform.is_cuda():
@@ -127,14 +128,12 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *args: Any, **kwargs: Any
     ) -> StateMetadata:
-        first_rows = self._first_rows(common_attn_metadata)
-        if first_rows:
-            nothing = torch.zeros_like(common_attn_metadata.is_prefilling)
-            common_attn_metadata = common_attn_metadata.replace(is_prefilling=nothing)
-        metadata = super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
-        if first_rows:
+        if first_rows := self._first_rows(common_attn_metadata):
             self._begin(common_attn_metadata.block_table_tensor, first_rows)
-            return replace(metadata, first_rows=first_rows)
+            nothing = torch.zeros_like(common_attn_metadata.is_prefilling)
+            decodes = common_attn_metadata.replace(is_prefilling=nothing)
+            return replace(super().build(common_prefix_len, decodes, *args, **kwargs), first_rows=first_rows)
+        metadata = super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
         inner = metadata.checkpoint_meta
         if isinstance(inner, InnerStateMetadata):
             chunks = torch.cat([metadata.last_chunk_indices_p.long(), metadata.checkpoint_chunk_idx])
@@ -171,7 +170,7 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
 
     def _first_rows(self, m: CommonAttentionMetadata) -> list[int]:
         """Sequences of one token in a batch that Model Runner V1 may take for one of decodes."""
-        if m.max_query_len > 1 or self.use_spec_decode or self.vllm_config.use_v2_model_runner:
+        if m.max_query_len > 1 or not self._begins_decodes:
             return []
         assert m.is_prefilling is not None
         assert m.seq_lens_cpu_upper_bound is not None

@@ -1,7 +1,6 @@
 """`vllm serve` with no flag but the address: what a user types, over HTTP, with the embedded checkpoint."""
 
 import os
-import pathlib
 import socket
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import time
 import pytest
 import requests
 from parity import Reference
+from test_examples import run
 
 pytestmark = pytest.mark.multiprocess
 
@@ -128,8 +128,6 @@ def test_prompt_beyond_the_context_is_a_client_error_and_the_server_lives(server
 
 
 def test_the_chat_example_talks(server):
-    command = [sys.executable, str(pathlib.Path(__file__).parents[2] / "examples" / "chat.py"), "--url", server]
-    command += ["--max-tokens", "24", "What is a list?", "And a tuple?", "And a dictionary?"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Assistant:") == 3
+    questions = ["What is a list?", "And a tuple?", "And a dictionary?"]
+    printed = run("chat.py", "--url", server, "--max-tokens", "24", *questions, timeout=120)
+    assert printed.count("Assistant:") == 3

@@ -11,6 +11,9 @@ from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 from vllm_bamba.model import BambaForCausalLM
 from vllm_bamba.model_state import BambaModelState
+from vllm_bamba.ops import slot_state
+from vllm_bamba.sharding import MixerShard
+from vllm_bamba.state import SlotFormat
 
 BLOCK, TABLE = 16, 12  # tokens of a state's block, rows of the request table
 
@@ -41,14 +44,14 @@ def model_state(
 ) -> BambaModelState:
     """As the runner makes it; `vllm` gets what reaches vLLM's own, which needs a GPU."""
 
-    def init(self: Any, config: Any) -> None:
+    def init(self: Any, config: Any, model: Any) -> None:
         self._align_mode, self.recoverssm = align, recovers
         self.cache_config = SimpleNamespace(mamba_block_size=BLOCK)
 
     monkeypatch.setattr(MambaHybridModelState, "__init__", init)
-    monkeypatch.setattr(MambaHybridModelState, "preprocess_state", lambda self, batch: vllm.before(batch))
+    monkeypatch.setattr(MambaHybridModelState, "preprocess_state", lambda self, batch, *args: vllm.before(batch))
     monkeypatch.setattr(MambaHybridModelState, "postprocess_state", lambda self, *args: vllm.after(*args))
-    return BambaModelState(SimpleNamespace(num_speculative_tokens=drafts))
+    return BambaModelState(SimpleNamespace(num_speculative_tokens=drafts), torch.nn.Module())
 
 
 def batch_of(rows: list[int], computed: list[int], new: list[int]) -> Any:
@@ -85,7 +88,7 @@ def test_the_same_states_are_moved_as_with_whole_batches(monkeypatch: pytest.Mon
         batch = batch_of(rows, [computed[row] for row in rows], new)
         whole.step(batch, computed)
         asked.clear()
-        state.preprocess_state(batch)
+        state.preprocess_state(batch, (), None)
         for moves in asked:
             ours.step(moves, computed)
             sizes.add(moves.num_reqs)
@@ -98,6 +101,40 @@ def test_the_same_states_are_moved_as_with_whole_batches(monkeypatch: pytest.Mon
     assert len(whole.copies) > 200  # else the test has not seen what it is about
     assert idle > 50
     assert max(sizes) > 2
+
+
+def test_rings_are_folded_of_sequences_that_have_a_state_and_pass_the_end_of_a_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    form = SlotFormat(MixerShard(4, 16, 1, 16), 4, torch.bfloat16, torch.bfloat16, BLOCK)
+    of_conv, (rest,) = form.shapes()
+    size = 2 * torch.Size(of_conv).numel()
+    pages = torch.zeros(3, 5, size + rest, dtype=torch.int8)
+
+    def mixing(layer: int) -> Any:
+        conv = pages[layer, :, :size].view(torch.bfloat16).view(5, *of_conv)
+        mixer = SimpleNamespace(A=torch.full((4,), -1.0 - layer))
+        return SimpleNamespace(slots=form.bind((conv, pages[layer, :, size:])), mixer=mixer)
+
+    asked: list[Any] = []
+    monkeypatch.setattr(slot_state, "move_slots", lambda layers, moves: asked.append((layers, moves.tolist())))
+    state = model_state(monkeypatch, SimpleNamespace(before=lambda batch: pytest.fail("vLLM's own copies")))
+    state.folded = {name: mixing(i) for i, name in enumerate(("a", "b", "c"))}
+    state.device = torch.device("cpu")
+    groups = SimpleNamespace(
+        kv_cache_groups=[SimpleNamespace(layer_names=names) for names in (["a", "c"], ["attention"], ["b"])]
+    )
+    tables = tuple(torch.zeros(TABLE, 9, dtype=torch.int32) for _ in range(3))
+    batch = batch_of([5, 3, 8, 1, 2], [16, 0, 31, 15, 40], [1, 20, 1, 1, 30])
+    state.preprocess_state(batch, tables, groups)
+    ((layers, moves),) = asked
+    assert moves == [[0, 16, 0, 1], [4, 40, 2, 4]]
+    assert layers.groups.tolist() == [0, 0, 1]
+    assert layers.tables.tolist() == [tables[0].data_ptr(), tables[2].data_ptr()]
+    assert layers.A[:, 0].tolist() == [-1, -3, -2]
+    assert (16 * layers.offsets).tolist() == [0, 2 * pages.stride(0), pages.stride(0)]
+    state.preprocess_state(batch_of([5, 3], [17, 0], [1, 40]), tables, groups)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(
@@ -113,7 +150,7 @@ def test_whole_batches_reach_vllm_where_tokens_may_be_taken_back(
     vllm = SimpleNamespace(before=before.append, after=lambda *args: after.append(args))
     state = model_state(monkeypatch, vllm, align, drafts, recovers)
     batch = batch_of([3], [15], [1])
-    state.preprocess_state(batch)
+    state.preprocess_state(batch, (), None)
     state.postprocess_state("rows", 1)
     assert before == [batch]
     assert after == ([("rows", 1)] if takes_back else [])

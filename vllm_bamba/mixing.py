@@ -18,7 +18,7 @@ from vllm_bamba.ops.gated_norm import gate_for_later
 from vllm_bamba.ops.ssd_prefill import scan, ssd_prefill, warm_up
 from vllm_bamba.ops.ssm_step import ssm_step
 from vllm_bamba.prefix.policy import PREFILLS
-from vllm_bamba.state import DecodePlan, PrefillPlan, SlotFormat, channels_first
+from vllm_bamba.state import DecodePlan, FusedSlots, PrefillPlan, SlotFormat, channels_first
 
 if TYPE_CHECKING:
     from vllm_bamba.mixer import BambaMixer
@@ -115,15 +115,19 @@ class OperatorMixing(Mixing):
 
 
 class FusedMixing(Mixing):
-    """Decodes in our own kernels, on slots of their layout; prefills on vLLM's operators in between."""
+    """Decodes in our own kernels, on slots of their layout; prefills on vLLM's operators in between.
+
+    Attributes:
+        folds: whether a step folds full rings; else `model_state` does, where sequences go on in another slot.
+    """
 
     _made: ClassVar[set[tuple[object, ...]]] = set()
 
-    def __init__(self, mixer: BambaMixer, form: SlotFormat, quantised: bool):
+    def __init__(self, mixer: BambaMixer, form: SlotFormat, quantised: bool, folds: bool):
         from vllm_bamba.ops.mixer_step import StepWeights, sum_columns  # need Triton
 
         super().__init__(mixer)
-        self.form = form
+        self.form, self.folds = form, folds
         # the kernel reads one tap of many channels at a time; everybody else sees the shape of the checkpoint
         conv = mixer.conv1d
         conv.weight.data = conv.weight.data.t().contiguous().t()
@@ -139,8 +143,12 @@ class FusedMixing(Mixing):
     def decode(self, projected: torch.Tensor, plan: DecodePlan, output: torch.Tensor) -> None:
         from vllm_bamba.ops.mixer_step import mixer_step
 
-        slots = self.form.bind(self.mixer.kv_cache)
-        mixer_step(projected, self.weights, self.mixer.shape.time_step_limit, slots, plan, output)
+        limit = self.mixer.shape.time_step_limit
+        mixer_step(projected, self.weights, limit, self.slots, plan, output, fold=self.folds)
+
+    @property
+    def slots(self) -> FusedSlots:
+        return self.form.bind(self.mixer.kv_cache)
 
     @property
     def weights(self) -> StepWeights:
@@ -150,11 +158,11 @@ class FusedMixing(Mixing):
         """As `Mixing.warm_up`, for every number of rows, on two slots made for it; one layer does it for all alike."""
         from vllm_bamba.ops.mixer_step import mixer_step
         from vllm_bamba.ops.mixer_step.tuning import tuning_for
-        from vllm_bamba.ops.slot_state import empty_inputs, read_slots, write_slots
+        from vllm_bamba.ops.slot_state import LayerSlots, empty_inputs, move_slots, read_slots, write_slots
 
         self._warm_scan_up(projected, torch.float32)
         mixer, shard, device = self.mixer, self.form.shard, projected.device
-        kernels = (self.form, self.divides_later, projected.dtype)
+        kernels = (self.form, self.folds, self.divides_later, projected.dtype)
         if kernels in self._made:
             return
         self._made.add(kernels)
@@ -175,12 +183,15 @@ class FusedMixing(Mixing):
         one = torch.ones(1, 1, dtype=torch.int32, device=device)
         plan = DecodePlan(1, one, one[0], query_start_loc=None, accepted=None)
         for _, launch in tuning_for(slots.ssm, projected.dtype).launches:
-            mixer_step(row, self.weights, mixer.shape.time_step_limit, slots, plan, output, launch)
+            mixer_step(row, self.weights, mixer.shape.time_step_limit, slots, plan, output, launch, self.folds)
+        if not self.folds:
+            move = torch.tensor([[0, 1, 0, 0]], dtype=torch.int32, device=device)
+            move_slots(LayerSlots.of([slots], [mixer.A], [0], [one]), move)
 
     def prefill(self, projected: torch.Tensor, plan: PrefillPlan, output: torch.Tensor) -> None:
         from vllm_bamba.ops.slot_state import empty_inputs, read_slots, write_slots
 
-        mixer, slots, sequences = self.mixer, self.form.bind(self.mixer.kv_cache), len(plan.slots)
+        mixer, slots, sequences = self.mixer, self.slots, len(plan.slots)
         inner, kept = plan.inner, sequences if plan.inner is None else 2 * sequences
         inputs = empty_inputs(slots, kept)
         initial = read_slots(slots, mixer.A, plan, inputs) if plan.any_continues else None

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+
+from vllm_bamba.mixer import BambaMixer
+from vllm_bamba.mixing import FusedMixing
+
+if TYPE_CHECKING:
+    from vllm_bamba.ops.slot_state import LayerSlots
 
 
 @dataclass
@@ -33,34 +39,69 @@ class BambaModelState(MambaHybridModelState):
     them to find that there is nothing to do: it takes what the host knows of requests' lengths for upper bounds. Only
     rejected tokens make them that. Without drafts they are exact, so the host can say which requests pass the end of a
     block in a step, and nothing is left to do behind it.
+
+    Where a move may fold rings (`prefix.options.folds_when_moved`), it is a kernel of our own instead of vLLM's copies.
     """
 
-    def __init__(self, vllm_config: Any, *args: Any):
-        super().__init__(vllm_config, *args)
+    def __init__(self, vllm_config: Any, model: Any, *args: Any):
+        super().__init__(vllm_config, model, *args)
         self.takes_back = vllm_config.num_speculative_tokens > 0 or self.recoverssm is not None
+        ways = {mixer.prefix: mixer.mixing for mixer in model.modules() if isinstance(mixer, BambaMixer)}
+        self.folded = {name: way for name, way in ways.items() if isinstance(way, FusedMixing) and not way.folds}
+        self._slots: LayerSlots | None = None
 
-    def preprocess_state(self, input_batch: Any, *args: Any) -> None:
-        """Have states copied to the blocks in which this step writes them."""
+    def preprocess_state(self, input_batch: Any, block_tables: Any, kv_cache_config: Any, *args: Any) -> None:
+        """Have states in the blocks in which this step writes them."""
         if self._align_mode and not self.takes_back:
-            input_batch = self.moves(input_batch)
-        if input_batch is not None:
-            super().preprocess_state(input_batch, *args)
+            moved = self.moved(input_batch)
+            if not len(moved):
+                return
+            if self.folded:
+                self._fold(input_batch, moved, block_tables, kv_cache_config)
+                return
+            input_batch = self.moves(input_batch, moved)
+        super().preprocess_state(input_batch, block_tables, kv_cache_config, *args)
 
     def postprocess_state(self, *args: Any) -> None:
         """Have rejected tokens taken back."""
         if self.takes_back:
             super().postprocess_state(*args)
 
-    def moves(self, input_batch: Any) -> Moves | None:
-        """Of a batch; None where all states stay."""
+    def moved(self, input_batch: Any) -> np.ndarray:
+        """Which of a batch's requests go on in another block."""
         block, new = self.cache_config.mamba_block_size, input_batch.num_scheduled_tokens
         before = input_batch.num_computed_tokens_np
-        moved = np.flatnonzero((before - 1) // block != (before + new - 1) // block)
-        if not len(moved):
-            return None
-        rows, starts = input_batch.idx_mapping_np[moved], np.concatenate([[0], np.cumsum(new[moved])])
+        return np.flatnonzero((before - 1) // block != (before + new - 1) // block)
+
+    def moves(self, input_batch: Any, moved: np.ndarray) -> Moves:
+        """Those requests as a batch for vLLM's own kernels."""
+        rows = input_batch.idx_mapping_np[moved]
+        starts = np.concatenate([[0], np.cumsum(input_batch.num_scheduled_tokens[moved])])
 
         def like(tensor: torch.Tensor, values: np.ndarray) -> torch.Tensor:
             return async_tensor_h2d(values, dtype=tensor.dtype, device=tensor.device)
 
         return Moves(len(moved), like(input_batch.idx_mapping, rows), like(input_batch.query_start_loc, starts))
+
+    def _fold(self, input_batch: Any, moved: np.ndarray, block_tables: Any, kv_cache_config: Any) -> None:
+        """Take states that there are to other slots, with their rings folded."""
+        from vllm_bamba.ops.slot_state import LayerSlots, move_slots
+
+        before = input_batch.num_computed_tokens_np[moved]
+        moved, before = moved[before > 0], before[before > 0]
+        if not len(moved):
+            return
+        if self._slots is None:
+            groups = kv_cache_config.kv_cache_groups
+            group_of = {name: i for i, group in enumerate(groups) for name in group.layer_names if name in self.folded}
+            used = sorted(set(group_of.values()))
+            ways = [self.folded[name] for name in group_of]
+            self._slots = LayerSlots.of(
+                [way.slots for way in ways],
+                [way.mixer.A for way in ways],
+                [used.index(group) for group in group_of.values()],
+                [block_tables[group] for group in used],
+            )
+        block, after = self.cache_config.mamba_block_size, before + input_batch.num_scheduled_tokens[moved]
+        moves = np.stack([moved, before, (before - 1) // block, (after - 1) // block], 1)
+        move_slots(self._slots, async_tensor_h2d(moves, dtype=torch.int32, device=self.device))

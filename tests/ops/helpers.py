@@ -30,7 +30,7 @@ def randn(seed: int, *size: int, dtype: torch.dtype = torch.float32, scale: floa
     return (scale * torch.randn(size, generator=generator)).to(DEVICE, dtype)
 
 
-def ints(values: list[int]) -> torch.Tensor:
+def ints(values: list[int] | list[list[int]]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 

@@ -18,11 +18,20 @@ from vllm_bamba.ops.skinny_linear.tuning import TUNED as PRODUCTS_TUNED
 
 SHAPE = {"HEADS": 128, "HEAD_DIM": 64, "GROUPS": 1, "STATE": 128, "WIDTH": 4, "BIAS": True}
 FP32 = {"a_ptr", "scale", "ring_dt", "states", "factors"}
-INT32 = {"slots", "lengths", "query_start_loc"}
-UNALIGNED = {"slots", "lengths", "query_start_loc", "continues", "slots_stride", "rows"}  # not specialised on
+INT32 = {"slots", "lengths", "query_start_loc", "moves", "groups"}
+INT64 = {"tables", "offsets"}
+UNALIGNED = {
+    "slots",
+    "lengths",
+    "query_start_loc",
+    "continues",
+    "slots_stride",
+    "tables_stride",
+    "rows",
+}  # not specialised
 SIZES = {"rows", "N", "K"}
 STATES = {"fp32": False, "bf16": False, "fp16": False, "i8": True, "fp8e4nv": True}
-BLOCKS = {"gate": 8192, "read": 1024, "write": 1024}
+BLOCKS = {"gate": 8192, "read": 1024, "write": 1024, "move": 1024}
 STEP = [
     {"kernel": "replay" if launch.replays else "step", "state": state, "REPLAY": 16, "launch": launch}
     for state, size in {"fp32": 4, "bf16": 2, "fp16": 2, "i8": 1, "fp8e4nv": 1}.items()
@@ -31,9 +40,10 @@ STEP = [
 STEP += [{"kernel": "step", "state": state, "REPLAY": 0, "launch": DEFAULT.launches[0][1]} for state in STATES]
 OTHERS = [
     {"kernel": kernel, "state": state, "REPLAY": 16}
-    for kernel in ("prepare", "read", "write")
+    for kernel in ("prepare", "read", "write", "move")
     for state in ("bf16", "i8", "fp8e4nv")
 ]
+OTHERS += [{"kernel": kernel, "state": "bf16", "REPLAY": 16, "FOLD": False} for kernel in ("prepare", "replay")]
 PRODUCTS = [
     {"kernel": "linear", "state": "bf16", "launch": o}
     | {"ROWS": o.rows, "COLUMNS": o.columns, "DEPTH": o.depth, "STAGES": o.num_stages}
@@ -73,7 +83,7 @@ def compile_one(case: dict[str, Any]) -> str:
     from vllm_bamba.ops.gated_norm.kernels import gate_kernel
     from vllm_bamba.ops.mixer_step.kernels import prepare_kernel, replay_kernel, step_kernel
     from vllm_bamba.ops.skinny_linear.kernels import linear_kernel
-    from vllm_bamba.ops.slot_state.kernels import read_kernel, write_kernel
+    from vllm_bamba.ops.slot_state.kernels import move_kernel, read_kernel, write_kernel
 
     kernels = {
         "step": step_kernel,
@@ -81,12 +91,13 @@ def compile_one(case: dict[str, Any]) -> str:
         "prepare": prepare_kernel,
         "read": read_kernel,
         "write": write_kernel,
+        "move": move_kernel,
         "gate": gate_kernel,
         "linear": linear_kernel,
     }
     warps = {"gate": 8, "prepare": PREPARE.num_warps}.get(case["kernel"], 4)
     kernel, launch = kernels[case["kernel"]], case.get("launch", Launch(replays=False, num_warps=warps))
-    constants = SHAPE | {"QUANTISED": STATES[case["state"]], "GATED": True}
+    constants = SHAPE | {"QUANTISED": STATES[case["state"]], "GATED": True, "FOLD": True}
     constants |= {"COLUMNS": 8192, "SUMS": 64, "BLOCK": BLOCKS.get(case["kernel"], PREPARE.channels)}
     constants |= {"BLOCK_HEADS": PREPARE.heads, "FOLD_DIM": PREPARE.folded}
     constants |= {name: value for name, value in case.items() if name.isupper()}
@@ -98,7 +109,7 @@ def compile_one(case: dict[str, Any]) -> str:
             signature[name] = "fp32"
         else:
             element = "i32" if name in INT32 else "fp32" if name in FP32 else "i1" if name == "continues" else "bf16"
-            element = case["state"] if name == "ssm" else element
+            element = case["state"] if name == "ssm" else "i64" if name in INT64 else element
             signature[name] = "i32" if name.endswith("_stride") or name in SIZES else f"*{element}"
             if name not in UNALIGNED:
                 hints[(i,)] = [["tt.divisibility", 16]]

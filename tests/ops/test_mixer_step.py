@@ -21,7 +21,7 @@ from helpers import (
 from vllm_bamba.ops.mixer_step import StepWeights, mixer_step, sum_columns
 from vllm_bamba.ops.mixer_step.reference import mixer_step_reference
 from vllm_bamba.ops.mixer_step.tuning import Launch
-from vllm_bamba.ops.slot_state import empty_inputs, read_slots, write_slots
+from vllm_bamba.ops.slot_state import LayerSlots, empty_inputs, move_slots, read_slots, write_slots
 from vllm_bamba.sharding import MixerShard
 from vllm_bamba.state import EIGHT_BITS, FusedSlots, SlotFormat
 
@@ -68,7 +68,7 @@ class Batch:
         self.plain = [(i, stored(s, form)) for i, s in zip(inputs, states, strict=True)]
 
     def step(
-        self, launch: Launch, rows: list[int] | None = None, limit: tuple[float, float] = NO_LIMIT
+        self, launch: Launch, rows: list[int] | None = None, limit: tuple[float, float] = NO_LIMIT, fold: bool = True
     ) -> torch.Tensor:
         """One token for some of the sequences; what comes out is compared in `check`."""
         rows = list(range(len(self.slots))) if rows is None else rows
@@ -80,7 +80,7 @@ class Batch:
         columns = inner + (sum_columns(HEADS) if gated else 0)
         out = inside(torch.full((len(rows), columns), float("nan"), dtype=self.form.dtype, device=DEVICE))
         plan = decode_plan([self.slots[row] for row in rows], [self.lengths[row] for row in rows])
-        mixer_step(inside(given), self.weights, limit, self.fused, plan, out, launch)
+        mixer_step(inside(given), self.weights, limit, self.fused, plan, out, launch, fold)
         for i, row in enumerate(rows):
             if not self.slots[row]:
                 assert not out[i].any()
@@ -292,6 +292,52 @@ def test_a_copied_slot_goes_on_as_the_original(state_dtype: torch.dtype) -> None
     for _ in range(REPLAY):
         batch.step(REPLAYED)
     batch.check()
+
+
+def layers_of(*batches: Batch) -> tuple[LayerSlots, list[torch.Tensor]]:
+    """Batches as layers, each of a group of its own, and its table of slots: those in use, then others."""
+    tables = [ints([[slot, i + 1] for i, slot in enumerate(b.slots)]) for b in batches]
+    fused, A = [b.fused for b in batches], [b.weights.A for b in batches]
+    return LayerSlots.of(fused, A, list(range(len(batches))), tables), tables
+
+
+@pytest.mark.parametrize(("dtype", "state_dtype"), DTYPES_OF_STATES, ids=str)
+def test_rings_are_folded_where_sequences_go_on_in_another_slot(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    form = slot_format(dtype, state_dtype, groups=2)
+    first, second = Batch(form, slots=[7, 11], lengths=[3, 8]), Batch(form, slots=[10, 8], lengths=[3, 8])
+    second.weights.A.mul_(0.5)
+    second.seed += 100
+    layers, _tables = layers_of(first, second)
+    for batch in (first, second):
+        for _ in range(REPLAY):
+            batch.step(REPLAYED, fold=False)
+    left = [batch.pages.clone() for batch in (first, second)]
+    move_slots(layers, ints([[1, first.lengths[1], 0, 1], [0, first.lengths[0], 0, 1]]))
+    for batch, before in zip((first, second), left, strict=True):
+        batch.slots[:] = [1, 2]
+        batch.check_states()
+        others = [slot for slot in range(12) if slot not in batch.slots]
+        assert torch.equal(batch.pages[others], before[others])
+        for _ in range(REPLAY):
+            batch.step(REPLAYED, fold=False)
+        batch.check()
+
+
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_a_state_without_tokens_in_its_ring_is_moved_bit_by_bit(state_dtype: torch.dtype) -> None:
+    batch = Batch(slot_format(torch.bfloat16, state_dtype), slots=[7], lengths=[30])
+    batch.step(PLAIN)
+    layers, _tables = layers_of(batch)
+    move_slots(layers, ints([[0, 31, 0, 1]]))
+    for tensor in (batch.fused.conv, batch.fused.ssm, batch.fused.scale, batch.fused.ring_dt):
+        if tensor is not None:
+            assert torch.equal(tensor[1].view(torch.int8), tensor[7].view(torch.int8))
+
+
+def test_layers_whose_slots_differ_are_not_moved_together() -> None:
+    first, second = (Batch(slot_format(torch.float32, width=width), [7], [3]) for width in (4, 3))
+    with pytest.raises(ValueError, match="not laid out alike"):
+        layers_of(first, second)
 
 
 @both_ways

@@ -41,6 +41,7 @@ def mixer_step(
     plan: DecodePlan,
     out: torch.Tensor,
     launch: Launch | None = None,
+    fold: bool = True,
 ) -> None:
     """Advance each row's slot by one token; rows whose slot is 0 are padding and give zeros.
 
@@ -56,6 +57,7 @@ def mixer_step(
         plan: the batch's decodes, without speculation.
         out: see above; its rows may be parts of longer ones.
         launch: how; by default what is tuned for the GPU and the number of rows.
+        fold: whether full rings are folded here; else `slot_state.move_slots` must do it before they overflow.
 
     Raises:
         ValueError: shapes do not fit each other.
@@ -92,17 +94,17 @@ def mixer_step(
     factors = projected.new_empty(rows, heads * (constants["REPLAY"] + 3), dtype=torch.float32)
     of_group, folded = heads // groups, min(PREPARE.folded, head_dim)
     some_heads = min(PREPARE.heads, triton.next_power_of_2(of_group))
-    folds = -(-heads // constants["REPLAY"]) * (head_dim // folded)
+    folds = -(-heads // constants["REPLAY"]) * (head_dim // folded) if fold else 0
     programs = folds + groups * -(-of_group // some_heads) + -(-inner // PREPARE.channels)  # as the kernel counts them
     prepare_kernel[programs, rows](
         projected, convolved, factors, *parameters, plan.slots, plan.lengths, *slots,
         projected.stride(0), plan.slots.stride(0), *slot_strides(slots), *dt_limit,
-        **constants, WIDTH=width, BIAS=bias,
+        **constants, FOLD=fold, WIDTH=width, BIAS=bias,
         BLOCK=PREPARE.channels, BLOCK_HEADS=some_heads, FOLD_DIM=folded, num_warps=PREPARE.num_warps,
     )  # fmt: skip
     read = slots[1:]
     replay_kernel[heads, rows](
         projected, convolved, factors, out, weights.norm, plan.slots, plan.lengths, *read,
         projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(read),
-        **constants, GATED=gated, num_warps=launch.num_warps, maxnreg=launch.max_registers,
+        **constants, FOLD=fold, GATED=gated, num_warps=launch.num_warps, maxnreg=launch.max_registers,
     )  # fmt: skip

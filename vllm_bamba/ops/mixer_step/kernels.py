@@ -1,8 +1,8 @@
 """One decode step of a whole mixer in Triton; symbols and equations in ../README.md.
 
 `step_kernel` does it at once and writes the state. Where states are replayed, `prepare_kernel` does what a row needs
-once and folds the rings that are full; `replay_kernel` behind it is left with a head's state and ring, which it asks
-for before anything else: it has to keep the memory busy.
+once and, with FOLD, folds the rings that are full; `replay_kernel` behind it is left with a head's state and ring,
+which it asks for before anything else: it has to keep the memory busy.
 
 Inputs of the convolution stand in a ring of `WIDTH` entries indexed by the token's position, of which a step reads all
 but the one that it writes: programs of a row share B and C without waiting for each other.
@@ -13,7 +13,7 @@ import triton.language as tl
 
 # what differs from batch to batch and is no reason to compile a kernel again
 of_any_batch = triton.jit(
-    do_not_specialize=["slots_stride"],
+    do_not_specialize=["slots_stride", "tables_stride"],
     do_not_specialize_on_alignment=["slots", "lengths", "query_start_loc", "continues"],
 )
 
@@ -268,9 +268,9 @@ def step_kernel(
 
 
 @triton.jit
-def is_folded(head, position, REPLAY: tl.constexpr):
-    """Whether a head's ring is full in front of the token at this position: once in REPLAY tokens."""
-    return (head + position) % REPLAY == 0
+def is_folded(head, position, REPLAY: tl.constexpr, FOLD: tl.constexpr):
+    """Whether a head's ring is folded in front of the token at this position: once in REPLAY tokens, or never."""
+    return ((head + position) % REPLAY == 0) & FOLD
 
 
 @of_any_batch
@@ -281,12 +281,12 @@ def prepare_kernel(
     conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
     dt_low, dt_high,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr, WIDTH: tl.constexpr,
-    REPLAY: tl.constexpr, BIAS: tl.constexpr, QUANTISED: tl.constexpr,
+    REPLAY: tl.constexpr, FOLD: tl.constexpr, BIAS: tl.constexpr, QUANTISED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, FOLD_DIM: tl.constexpr,
 ):  # fmt: skip
     """What a replayed step needs beside states. A row has programs of three kinds, which need not wait for each other:
 
-    - one for each FOLD_DIM channels of a head whose ring is full: fold it;
+    - with FOLD, one for each FOLD_DIM channels of a head whose ring is full: fold it;
     - one for each BLOCK_HEADS heads of a group: convolve B and C, and find the heads' factors;
     - one for each BLOCK of x: convolve it.
 
@@ -300,7 +300,7 @@ def prepare_kernel(
     bc: tl.constexpr = GROUPS * STATE
     channels: tl.constexpr = inner + 2 * bc
     FOLDED: tl.constexpr = (HEADS + REPLAY - 1) // REPLAY  # heads
-    FOLDS: tl.constexpr = FOLDED * (HEAD_DIM // FOLD_DIM)
+    FOLDS: tl.constexpr = FOLDED * (HEAD_DIM // FOLD_DIM) if FOLD else 0
     HEAD_BLOCKS: tl.constexpr = (HEADS // GROUPS + BLOCK_HEADS - 1) // BLOCK_HEADS  # of a group
     slot, position = where_from(slots, slots_stride, lengths, row)
     if slot == 0:
@@ -350,7 +350,7 @@ def prepare_kernel(
         head = group * (HEADS // GROUPS) + in_group
         a, bias = tl.load(a_ptr + head, mask=some, other=0), tl.load(dt_bias + head, mask=some, other=0)
         dt = time_step(tl.load(xbc + channels + head, mask=some, other=0), bias, dt_low, dt_high)
-        unfolded = some & ~is_folded(head, position, REPLAY)
+        unfolded = some & ~is_folded(head, position, REPLAY, FOLD)
         entries = head[:, None] * REPLAY + index[None, :]
         times = tl.load(ring_dt + entries, mask=unfolded[:, None] & is_old[None, :], other=0)  # [heads, REPLAY]
         since = tl.cumsum(times, 1, reverse=True) - times + dt[:, None]
@@ -381,7 +381,7 @@ def replay_kernel(
     projected_stride, out_stride, slots_stride,
     ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr,
-    REPLAY: tl.constexpr, GATED: tl.constexpr, QUANTISED: tl.constexpr,
+    REPLAY: tl.constexpr, FOLD: tl.constexpr, GATED: tl.constexpr, QUANTISED: tl.constexpr,
 ):  # fmt: skip
     """The step behind `prepare_kernel`: reads a checkpoint and its ring, adds the token to the ring.
 
@@ -424,7 +424,7 @@ def replay_kernel(
     entry = position % REPLAY
     tl.store(ring_x + entry * HEAD_DIM + p, x)
     times = tl.where(k == entry, tl.load(factors + 2 * HEADS), 0)
-    changed = tl.where(is_folded(head, position, REPLAY), k < REPLAY, k == entry)
+    changed = tl.where(is_folded(head, position, REPLAY, FOLD), k < REPLAY, k == entry)
     tl.store(ring_dt + slot * ring_dt_stride + head * REPLAY + k, times, mask=changed)
     if head % (HEADS // GROUPS) == 0:  # one for the group
         tl.store(ring_b + slot * ring_b_stride + entry * bc + group * STATE + n, tl.load(b))

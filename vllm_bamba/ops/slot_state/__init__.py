@@ -1,12 +1,76 @@
-"""A slot of the fused step as the tensors that a prefill works with, and back (layout in ../README.md)."""
+"""A slot of the fused step as the tensors that a prefill works with, and back; to another slot (../README.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 
-from vllm_bamba.ops.slot_state.kernels import read_kernel, write_kernel
+from vllm_bamba.ops.slot_state.kernels import move_kernel, read_kernel, write_kernel
 from vllm_bamba.state import FusedSlots, PrefillPlan, slot_strides
 
 BLOCK = 1024  # channels of the convolution that a program moves
+FOLDED = 32  # channels of a head that a program folds, on its way to another slot
+
+
+@dataclass(frozen=True)
+class LayerSlots:
+    """The slots of several layers, and what says which of them a sequence has.
+
+    Attributes:
+        first: the first layer's; the others' have the same strides.
+        offsets: int64 [layers], how far each layer's lie behind them, in 16 bytes.
+        A: fp32 [layers, heads].
+        groups: int32 [layers], the layer's group: layers of one share slots' numbers.
+        tables: int64 [groups], addresses of the groups' tables of slots, int32 [rows, columns].
+        tables_stride: from row to row of a table.
+    """
+
+    first: FusedSlots
+    offsets: torch.Tensor
+    A: torch.Tensor
+    groups: torch.Tensor
+    tables: torch.Tensor
+    tables_stride: int
+
+    @classmethod
+    def of(
+        cls,
+        slots: Sequence[FusedSlots],
+        A: Sequence[torch.Tensor],
+        groups: Sequence[int],
+        tables: Sequence[torch.Tensor],
+    ) -> LayerSlots:
+        """One of each a layer, but for the tables: one a group. All must stay where they are.
+
+        Raises:
+            ValueError: layers' slots are not laid out alike, or tables are not.
+        """
+        device, first = slots[0].conv.device, slots[0]
+        offsets = [_distances(first, of_layer) for of_layer in slots]
+        alike = all(slot_strides(of_layer) == slot_strides(first) for of_layer in slots)
+        strides = {table.stride() for table in tables}
+        if not alike or any(len(found) > 1 for found in offsets) or len(strides) > 1 or next(iter(strides))[1] != 1:
+            raise ValueError("slots of layers, or tables of groups, are not laid out alike")
+        return cls(
+            first=first,
+            offsets=torch.tensor([found.pop() for found in offsets], device=device),
+            A=torch.stack(list(A)),
+            groups=torch.tensor(groups, dtype=torch.int32, device=device),
+            tables=torch.tensor([table.data_ptr() for table in tables], device=device),
+            tables_stride=tables[0].stride(0),
+        )
+
+
+def _distances(first: FusedSlots, other: FusedSlots) -> set[int]:
+    """Of the tensors of one layer from those of another, in 16 bytes."""
+    pairs = zip(first, other, strict=True)
+    bytes_ = {b.data_ptr() - a.data_ptr() for a, b in pairs if a is not None and b is not None}
+    if any(distance % 16 for distance in bytes_):
+        raise ValueError("slots of layers do not begin at multiples of 16 bytes from each other")
+    return {distance // 16 for distance in bytes_}
 
 
 def empty_inputs(slots: FusedSlots, sequences: int) -> torch.Tensor:
@@ -65,6 +129,27 @@ def write_slots(
     write_kernel[_programs(slots), len(states)](
         inputs, states.contiguous(), places, lengths, *tensors, *slot_strides(tensors), **_constants(slots)
     )
+
+
+def move_slots(layers: LayerSlots, moves: torch.Tensor) -> None:
+    """Have sequences go on in other slots, in all layers, with the ring's tokens folded into the state.
+
+    What is left behind does not change. Where a ring is empty, the state is copied bit by bit.
+
+    Args:
+        layers: whose slots have rings.
+        moves: int32 [sequences, 4], contiguous: the sequence's row of the tables, its tokens, and the columns in which
+            its old and its new slot stand.
+    """
+    slots = layers.first
+    constants = _constants(slots)
+    heads, head_dim = slots.ssm.shape[1:3]
+    folded = min(FOLDED, head_dim)
+    programs = heads * (head_dim // folded) + triton.cdiv(slots.conv[0].numel(), BLOCK)
+    move_kernel[programs, len(moves), len(layers.offsets)](
+        moves, layers.tables, layers.groups, layers.offsets, layers.A, *slots,
+        layers.tables_stride, *slot_strides(slots), **constants, FOLD_DIM=folded,
+    )  # fmt: skip
 
 
 def _programs(slots: FusedSlots) -> int:

@@ -1,4 +1,7 @@
-"""Checkpoints and rings to states and back, one program a head and sequence; others move the convolution's inputs."""
+"""Checkpoints and rings to states and back, one program a head and sequence; others move the convolution's inputs.
+
+`move_kernel` takes sequences of all layers to other slots at once.
+"""
 
 import triton
 import triton.language as tl
@@ -78,3 +81,59 @@ def write_kernel(
     if REPLAY > 0:
         empty = tl.zeros([REPLAY], tl.float32)
         tl.store(ring_dt + slot * ring_dt_stride + head * REPLAY + tl.arange(0, REPLAY), empty)
+
+
+@triton.jit
+def of_layer(tensor, offset):
+    """A tensor of the first layer's slots, in another layer, `offset` times 16 bytes away."""
+    return tensor + offset * (128 // tensor.dtype.element_ty.primitive_bitwidth)
+
+
+@of_any_batch
+def move_kernel(
+    moves, tables, groups, offsets, a_ptr, conv, ssm, scale, ring_x, ring_b, ring_dt, tables_stride,
+    conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr,
+    REPLAY: tl.constexpr, QUANTISED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FOLD_DIM: tl.constexpr,
+):  # fmt: skip
+    """`move_slots`, FOLD_DIM channels of a head or BLOCK inputs of the convolution of one sequence and layer."""
+    part, layer = tl.program_id(0), tl.program_id(2)
+    moves += tl.program_id(1) * 4
+    row, length = tl.load(moves).to(tl.int64), tl.load(moves + 1)
+    table = tl.load(tables + tl.load(groups + layer)).to(tl.pointer_type(tl.int32)) + row * tables_stride
+    there = tl.load(table + tl.load(moves + 2)).to(tl.int64)
+    here = tl.load(table + tl.load(moves + 3)).to(tl.int64)
+    offset = tl.load(offsets + layer)
+    PARTS: tl.constexpr = HEAD_DIM // FOLD_DIM
+    if part >= HEADS * PARTS:
+        SIZE: tl.constexpr = WIDTH * (HEADS * HEAD_DIM + 2 * GROUPS * STATE)
+        conv = of_layer(conv, offset)
+        i = (part - HEADS * PARTS) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(conv + here * conv_stride + i, tl.load(conv + there * conv_stride + i, mask=i < SIZE), mask=i < SIZE)
+        return
+    head = part // PARTS
+    p, n = part % PARTS * FOLD_DIM + tl.arange(0, FOLD_DIM), tl.arange(0, STATE)
+    rows, tile = tile_of(head * HEAD_DIM, p, n)
+    ssm = of_layer(ssm, offset)
+    ring_dt = of_layer(ring_dt, offset) + head * REPLAY
+    old_scale, new_scale = scale, scale
+    if QUANTISED:
+        old_scale = of_layer(scale, offset) + there * scale_stride
+        new_scale = of_layer(scale, offset) + here * scale_stride
+    kept = tl.load(ssm + there * ssm_stride + tile)
+    entries = tl.arange(0, REPLAY)
+    times = tl.load(ring_dt + there * ring_dt_stride + entries)
+    if part % PARTS == 0:
+        tl.store(ring_dt + here * ring_dt_stride + entries, tl.zeros([REPLAY], tl.float32))
+    if tl.sum(times, 0) > 0:
+        a = tl.load(a_ptr + layer * HEADS + head)
+        ring_x = of_layer(ring_x, offset) + there * ring_x_stride + head * REPLAY * HEAD_DIM
+        ring_b = of_layer(ring_b, offset) + there * ring_b_stride + head // (HEADS // GROUPS) * STATE
+        ring_dt += there * ring_dt_stride
+        state = widened(kept, old_scale, rows, QUANTISED)
+        state = fold(state, a, length - 1, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, GROUPS * STATE, REPLAY)
+        store_state(state, ssm + here * ssm_stride, new_scale, rows, tile, length, QUANTISED)
+    else:  # nothing to round
+        tl.store(ssm + here * ssm_stride + tile, kept)
+        if QUANTISED:
+            tl.store(new_scale + rows, tl.load(old_scale + rows))

@@ -35,6 +35,7 @@ MODES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "vllm_align": ("vllm", "align", {"slots": False}),
     "none": ("vllm_bamba", "none", {"caching": False}),
     "slots": ("vllm_bamba", "slots", {}),
+    "anchored": ("vllm_bamba", "anchored slots", {"anchored": True}),
 }
 CHUNKS = 8192  # tokens of a step
 

@@ -92,6 +92,7 @@ class Simulator:
         geometry: of its cache.
         slots: with this plugin's scheduler, and slots where prefixes are cached, or vLLM alone.
         caching: whether prefixes are cached at all.
+        anchored: whether the worker's slots are (`vllm_bamba.state.SlotFormat`).
         unit: `--prefix-match-unit`.
         asynchronous: schedule each step before the one before is done.
         share: `bamba_prefix_share`.
@@ -103,7 +104,7 @@ class Simulator:
     def __init__(
         self, geometry: Geometry = Geometry(), slots: bool = True, unit: int | None = None,
         asynchronous: bool = False, share: float | None = None, exports: bool = True, caching: bool = True,
-        **options: Any,
+        anchored: bool = False, **options: Any,
     ):  # fmt: skip
         init_none_hash(sha256)
         self.asynchronous = asynchronous
@@ -157,13 +158,15 @@ class Simulator:
             hash_block_size=hash_block,
             log_stats=True,
         )
+        if anchored:
+            self.scheduler.slots.anchored = True
         self._hasher = get_request_block_hasher(hash_block, sha256) if caching else None
         inner: Callable[[int, int], int] = partial(_vllms_inner_position, unit=hash_block, block=states.block_size)
         if slots:
             inner = partial(inner_position, unit=states.block_size)
         elif not exports:
             inner = _no_inner_position
-        self.worker = _Worker(states.block_size, block, geometry.mamba_groups, inner)
+        self.worker = _Worker(states.block_size, block, geometry.mamba_groups, inner, anchored)
         self.seen: dict[str, Seen] = {}
         self.queries = self.hits = 0  # tokens, as vLLM's metrics count them
         self._running: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
@@ -173,15 +176,22 @@ class Simulator:
         """Every use of a state or a key of another text."""
         return self.worker.wrong
 
-    def add(self, prompt: Sequence[int], answer: int = 1, shared: int = 0, priority: int = 0) -> str:
-        """Queue a request for `answer` tokens; the first `shared` of its prompt are said to be shared."""
+    def add(
+        self, prompt: Sequence[int], answer: int = 1, shared: int = 0, priority: int = 0, stops: Sequence[int] = ()
+    ) -> str:
+        """Queue a request for `answer` tokens; the first `shared` of its prompt are said to be shared.
+
+        A token of `stops` ends the answer, which an asynchronous engine learns a step too late.
+        """
         name = f"r{len(self.seen)}"
         self.seen[name] = Seen(list(prompt))
         extra = {"bamba_shared_tokens": shared} if shared else None
         request = Request(
             request_id=name,
             prompt_token_ids=list(prompt),
-            sampling_params=SamplingParams(max_tokens=answer, ignore_eos=True, extra_args=extra),
+            sampling_params=SamplingParams(
+                max_tokens=answer, ignore_eos=True, stop_token_ids=list(stops), extra_args=extra
+            ),
             pooling_params=None,
             block_hasher=self._hasher,
             priority=priority,
@@ -266,10 +276,20 @@ def _no_inner_position(start: int, end: int) -> int:
 class _Worker:
     """Block tables and the texts that blocks stand for."""
 
-    def __init__(self, state_block: int, attention_block: int, mamba_groups: int, inner: Callable[[int, int], int]):
+    def __init__(
+        self,
+        state_block: int,
+        attention_block: int,
+        mamba_groups: int,
+        inner: Callable[[int, int], int],
+        anchored: bool,
+    ):
         self.state_block, self.attention_block, self.mamba_groups = state_block, attention_block, mamba_groups
         self.inner = inner  # of a step's first token and end: where the state inside is kept, too
+        self.anchored = anchored
         self.states: dict[int, int] = {}
+        self.anchors: dict[int, tuple[int, int]] = {}  # block -> tokens at its anchor, and their text
+        self.prefilled: dict[str, int] = {}  # tokens of each request that are no decodes
         self.keys: dict[int, dict[int, int]] = {}  # block -> offset -> text up to that token
         self.tables: dict[str, list[list[int]]] = {}
         self.columns: dict[str, int] = {}
@@ -281,31 +301,50 @@ class _Worker:
         """One step; returns where each request's tokens start."""
         self._take(output)
         copies = [(c.src_block_id, c.dst_block_id) for c in output.kv_cache_block_copies or ()]
-        copied = [(to, self.states.get(source), dict(self.keys.get(source, {}))) for source, to in copies]
-        for to, state, keys in copied:
+        copied = [
+            (to, self.states.get(source), self.anchors.get(source), dict(self.keys.get(source, {})))
+            for source, to in copies
+        ]
+        for to, state, anchor, keys in copied:
             self.keys[to] = keys
             if state is not None:
                 self.states[to] = state
+            if anchor is not None:
+                self.anchors[to] = anchor
         starts = {}
         moved = []
         for name, count in output.num_scheduled_tokens.items():
             start = starts[name] = self.computed[name]
             source = self.columns.get(name, (start - 1) // self.state_block if start else -1)
             self.columns[name] = column = -(-(start + count) // self.state_block) - 1
+            self.prefilled.setdefault(name, len(tokens[name]) - 1)
             for table in self.tables[name][: self.mamba_groups]:
-                before = self.states.get(table[source]) if source >= 0 else START
-                moved.append((name, table[column], before, start, count))
+                before = self._before(table[source], table[column], start) if source >= 0 else START
+                moved.append((name, table[column], before, start, count, source != column))
         for name in output.num_scheduled_tokens:
             self._extend(name, tokens[name])
             self._attend(name, starts[name], output.num_scheduled_tokens[name])
-        for name, block, before, start, count in moved:
+        for name, block, before, start, count, passes in moved:
             if before != self._at(name, start):
                 self.wrong.append(f"{name} continues at {start} from another text's state")
             self.states[block] = self._at(name, start + count)
+            if start < self.prefilled[name]:
+                self.anchors[block] = start + count, self._at(name, start + count)
+            elif passes:
+                self.anchors[block] = start, self._at(name, start)
+            elif self.anchored and start + count - self.anchors[block][0] > self.state_block:
+                self.wrong.append(f"{name} has more tokens than a ring at {start}")
         for name, count in output.num_scheduled_tokens.items():
             self._export(name, starts[name], starts[name] + count)
             self.computed[name] += count
         return starts
+
+    def _before(self, there: int, here: int, start: int) -> int | None:
+        """The text whose state a request finds that has `start` tokens and goes on in another block, or stays."""
+        anchor = self.anchors.get(there)
+        if self.anchored and there != here and anchor is not None and anchor[0] == start:
+            return anchor[1]
+        return self.states.get(there)
 
     def _take(self, output: SchedulerOutput) -> None:
         for name in output.finished_req_ids | (output.preempted_req_ids or set()):
@@ -327,6 +366,7 @@ class _Worker:
         self.computed[name] = computed
         self.columns.pop(name, None)
         self.texts.pop(name, None)
+        self.prefilled.pop(name, None)
 
     def _extend(self, name: str, tokens: list[int]) -> None:
         text = self.texts.setdefault(name, [START])
@@ -342,6 +382,7 @@ class _Worker:
             block = table[-(-end // self.state_block) - 2]
             if block:  # not the padding
                 self.states[block] = self._at(name, position)
+                self.anchors[block] = position, self.states[block]
 
     def _attend(self, name: str, start: int, count: int) -> None:
         """Write the step's keys, and read those before it where the step is not a mere decode."""

@@ -50,6 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fused_fp8": {"additional_config": {"bamba_fused_step": True, "bamba_state_dtype": "fp8"}},
 }
 STATES = 3  # of a caching request: the step's, the one before, and with asynchronous scheduling the one before that
+ANCHORED = 2  # of one whose slots are anchored: its prompt's and its own
 FREE_AT_START = 0.05  # of a GPU's memory: with its cache given in bytes an engine asks for no more before it loads
 
 
@@ -112,7 +113,7 @@ def cache_bytes(config: PreTrainedConfig, options: Mapping[str, Any], requests: 
 
     A request holds the blocks of its tokens and one state; with prefix caching up to `STATES`, since a state is not
     written over: the next begins where a block of states ends, after 16 tokens with slots, after an attention block
-    without.
+    without. With slots of the fused step answers stay where they are.
 
     Args:
         config: of the model; it has an attention layer.
@@ -128,7 +129,8 @@ def cache_bytes(config: PreTrainedConfig, options: Mapping[str, Any], requests: 
     states = 1
     if options["enable_prefix_caching"]:
         slots = options["additional_config"].get("bamba_prefix_slots", True)
-        states = min(STATES, -(-tokens // (16 if slots else block)))
+        most = ANCHORED if slots and options["additional_config"]["bamba_fused_step"] else STATES
+        states = min(most, -(-tokens // (16 if slots else block)))
     blocks = requests * (-(-tokens // block) + groups * states)
     spare = 8  # vLLM keeps one for padding
     return max((blocks + spare) * attention * block * token, 64 << 20)
@@ -148,7 +150,8 @@ def state_bytes(config: PreTrainedConfig, options: Mapping[str, Any]) -> int:
     if asked["bamba_fused_step"]:
         state_dtype = EIGHT_BITS.get(asked.get("bamba_state_dtype"), state_dtype)
         replay = asked.get("bamba_replay", StepOptions.replay)
-        form = SlotFormat(mixer_shard(shape, 1), shape.conv_width, dtype, state_dtype, replay)
+        anchored = options["enable_prefix_caching"] and asked.get("bamba_prefix_slots", True) and replay >= 16
+        form = SlotFormat(mixer_shard(shape, 1), shape.conv_width, dtype, state_dtype, replay, anchored)
         shapes, dtypes = form.shapes(), form.dtypes()
     return sum(math.prod(sizes) * kind.itemsize for sizes, kind in zip(shapes, dtypes, strict=True))
 

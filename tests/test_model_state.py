@@ -106,7 +106,7 @@ def test_the_same_states_are_moved_as_with_whole_batches(monkeypatch: pytest.Mon
 def test_rings_are_folded_of_sequences_that_have_a_state_and_pass_the_end_of_a_block(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    form = SlotFormat(MixerShard(4, 16, 1, 16), 4, torch.bfloat16, torch.bfloat16, BLOCK)
+    form = SlotFormat(MixerShard(4, 16, 1, 16), 4, torch.bfloat16, torch.bfloat16, BLOCK, anchored=True)
     of_conv, (rest,) = form.shapes()
     size = 2 * torch.Size(of_conv).numel()
     pages = torch.zeros(3, 5, size + rest, dtype=torch.int8)
@@ -119,7 +119,7 @@ def test_rings_are_folded_of_sequences_that_have_a_state_and_pass_the_end_of_a_b
     asked: list[Any] = []
     monkeypatch.setattr(slot_state, "move_slots", lambda layers, moves: asked.append((layers, moves.tolist())))
     state = model_state(monkeypatch, SimpleNamespace(before=lambda batch: pytest.fail("vLLM's own copies")))
-    state.folded = {name: mixing(i) for i, name in enumerate(("a", "b", "c"))}
+    state.anchored = {name: mixing(i) for i, name in enumerate(("a", "b", "c"))}
     state.device = torch.device("cpu")
     groups = SimpleNamespace(
         kv_cache_groups=[SimpleNamespace(layer_names=names) for names in (["a", "c"], ["attention"], ["b"])]

@@ -22,7 +22,7 @@ from vllm_bamba.config import BambaShape
 from vllm_bamba.mixing import FusedMixing, Mixing, OperatorMixing
 from vllm_bamba.ops.gated_norm import divide_later, gated_rms_norm
 from vllm_bamba.prefill_graphs import LonePrefill, PrefillGraphs
-from vllm_bamba.prefix.options import folds_when_moved, state_spec
+from vllm_bamba.prefix.options import state_spec
 from vllm_bamba.sharding import MixerShard, scaled
 from vllm_bamba.state import mixer_shard, plan_batch
 from vllm_bamba.step_options import StepOptions, slot_dtypes, slot_format, slot_shapes
@@ -143,11 +143,7 @@ class BambaMixer(nn.Module, MambaBase):
         self.slot_shapes, self.slot_dtypes = slot_shapes(vllm_config, shape), slot_dtypes(vllm_config, shape)
         form = slot_format(vllm_config, shape)
         quantised = vllm_config.quant_config is not None
-        self.mixing: Mixing = (
-            OperatorMixing(self)
-            if form is None
-            else FusedMixing(self, form, quantised, folds=not folds_when_moved(vllm_config, form.replay))
-        )
+        self.mixing: Mixing = OperatorMixing(self) if form is None else FusedMixing(self, form, quantised)
 
         layers = vllm_config.compilation_config.static_forward_context
         if prefix in layers:

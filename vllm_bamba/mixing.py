@@ -115,19 +115,15 @@ class OperatorMixing(Mixing):
 
 
 class FusedMixing(Mixing):
-    """Decodes in our own kernels, on slots of their layout; prefills on vLLM's operators in between.
-
-    Attributes:
-        folds: whether a step folds full rings; else `model_state` does, where sequences go on in another slot.
-    """
+    """Decodes in our own kernels, on slots of their layout; prefills on vLLM's operators in between."""
 
     _made: ClassVar[set[tuple[object, ...]]] = set()
 
-    def __init__(self, mixer: BambaMixer, form: SlotFormat, quantised: bool, folds: bool):
+    def __init__(self, mixer: BambaMixer, form: SlotFormat, quantised: bool):
         from vllm_bamba.ops.mixer_step import StepWeights, sum_columns  # need Triton
 
         super().__init__(mixer)
-        self.form, self.folds = form, folds
+        self.form = form
         # the kernel reads one tap of many channels at a time; everybody else sees the shape of the checkpoint
         conv = mixer.conv1d
         conv.weight.data = conv.weight.data.t().contiguous().t()
@@ -143,8 +139,7 @@ class FusedMixing(Mixing):
     def decode(self, projected: torch.Tensor, plan: DecodePlan, output: torch.Tensor) -> None:
         from vllm_bamba.ops.mixer_step import mixer_step
 
-        limit = self.mixer.shape.time_step_limit
-        mixer_step(projected, self.weights, limit, self.slots, plan, output, fold=self.folds)
+        mixer_step(projected, self.weights, self.mixer.shape.time_step_limit, self.slots, plan, output)
 
     @property
     def slots(self) -> FusedSlots:
@@ -162,7 +157,7 @@ class FusedMixing(Mixing):
 
         self._warm_scan_up(projected, torch.float32)
         mixer, shard, device = self.mixer, self.form.shard, projected.device
-        kernels = (self.form, self.folds, self.divides_later, projected.dtype)
+        kernels = (self.form, self.divides_later, projected.dtype)
         if kernels in self._made:
             return
         self._made.add(kernels)
@@ -183,8 +178,8 @@ class FusedMixing(Mixing):
         one = torch.ones(1, 1, dtype=torch.int32, device=device)
         plan = DecodePlan(1, one, one[0], query_start_loc=None, accepted=None)
         for _, launch in tuning_for(slots.ssm, projected.dtype).launches:
-            mixer_step(row, self.weights, mixer.shape.time_step_limit, slots, plan, output, launch, self.folds)
-        if not self.folds:
+            mixer_step(row, self.weights, mixer.shape.time_step_limit, slots, plan, output, launch)
+        if self.form.anchored:
             move = torch.tensor([[0, 1, 0, 0]], dtype=torch.int32, device=device)
             move_slots(LayerSlots.of([slots], [mixer.A], [0], [one]), move)
 

@@ -40,14 +40,14 @@ class BambaModelState(MambaHybridModelState):
     rejected tokens make them that. Without drafts they are exact, so the host can say which requests pass the end of a
     block in a step, and nothing is left to do behind it.
 
-    Where a move may fold rings (`prefix.options.folds_when_moved`), it is a kernel of our own instead of vLLM's copies.
+    Anchored slots (`state.SlotFormat`) are moved, or stay, with their rings folded, by a kernel of our own.
     """
 
     def __init__(self, vllm_config: Any, model: Any, *args: Any):
         super().__init__(vllm_config, model, *args)
         self.takes_back = vllm_config.num_speculative_tokens > 0 or self.recoverssm is not None
         ways = {mixer.prefix: mixer.mixing for mixer in model.modules() if isinstance(mixer, BambaMixer)}
-        self.folded = {name: way for name, way in ways.items() if isinstance(way, FusedMixing) and not way.folds}
+        self.anchored = {name: way for name, way in ways.items() if isinstance(way, FusedMixing) and way.form.anchored}
         self._slots: LayerSlots | None = None
 
     def preprocess_state(self, input_batch: Any, block_tables: Any, kv_cache_config: Any, *args: Any) -> None:
@@ -56,7 +56,7 @@ class BambaModelState(MambaHybridModelState):
             moved = self.moved(input_batch)
             if not len(moved):
                 return
-            if self.folded:
+            if self.anchored:
                 self._fold(input_batch, moved, block_tables, kv_cache_config)
                 return
             input_batch = self.moves(input_batch, moved)
@@ -84,7 +84,7 @@ class BambaModelState(MambaHybridModelState):
         return Moves(len(moved), like(input_batch.idx_mapping, rows), like(input_batch.query_start_loc, starts))
 
     def _fold(self, input_batch: Any, moved: np.ndarray, block_tables: Any, kv_cache_config: Any) -> None:
-        """Take states that there are to other slots, with their rings folded."""
+        """Have their states in the new slots, with rings folded; a request that only begins has none."""
         from vllm_bamba.ops.slot_state import LayerSlots, move_slots
 
         before = input_batch.num_computed_tokens_np[moved]
@@ -93,9 +93,11 @@ class BambaModelState(MambaHybridModelState):
             return
         if self._slots is None:
             groups = kv_cache_config.kv_cache_groups
-            group_of = {name: i for i, group in enumerate(groups) for name in group.layer_names if name in self.folded}
+            group_of = {
+                name: i for i, group in enumerate(groups) for name in group.layer_names if name in self.anchored
+            }
             used = sorted(set(group_of.values()))
-            ways = [self.folded[name] for name in group_of]
+            ways = [self.anchored[name] for name in group_of]
             self._slots = LayerSlots.of(
                 [way.slots for way in ways],
                 [way.mixer.A for way in ways],

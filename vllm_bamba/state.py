@@ -203,6 +203,8 @@ class FusedSlots(NamedTuple):
         ring_x: [slots, heads, replay, head_dim], x of the tokens after the checkpoint; None without replay.
         ring_b: [slots, replay, groups * state], their B.
         ring_dt: fp32 [slots, heads, replay], their time steps; 0: an empty entry.
+        anchor_conv: [slots, width - 1, channels], the convolution's inputs before the anchor; None without one.
+        anchor: int32 [slots, 4], in its first number the tokens that the checkpoint has seen in all heads.
     """
 
     conv: torch.Tensor
@@ -211,6 +213,13 @@ class FusedSlots(NamedTuple):
     ring_x: torch.Tensor | None = None
     ring_b: torch.Tensor | None = None
     ring_dt: torch.Tensor | None = None
+    anchor_conv: torch.Tensor | None = None
+    anchor: torch.Tensor | None = None
+
+    @property
+    def of_step(self) -> tuple[torch.Tensor | None, ...]:
+        """Those that a decode step works with."""
+        return self[:6]
 
     def constants(self) -> dict[str, Any]:
         """What a kernel is compiled for."""
@@ -242,6 +251,8 @@ class SlotFormat:
         dtype: of the convolution's inputs, x and B: that of activations unless the user chose another.
         state_dtype: of the checkpoint: fp32, bf16, fp16 or one of `EIGHT_BITS`.
         replay: tokens that the ring holds; 0 without one.
+        anchored: whether all heads fold at once, where `slot_state.move_slots` does it, and the slot says where: what
+            the sequence had there is found in the slot until the next time.
     """
 
     shard: MixerShard
@@ -249,6 +260,7 @@ class SlotFormat:
     dtype: torch.dtype
     state_dtype: torch.dtype
     replay: int
+    anchored: bool = False
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape of one slot and dtype of each tensor, in the order in which they lie in a slot."""
@@ -264,6 +276,9 @@ class SlotFormat:
             tensors["ring_x"] = ((heads, self.replay, head_dim), self.dtype)
             tensors["ring_b"] = ((self.replay, shard.local_bc), self.dtype)
             tensors["ring_dt"] = ((heads, self.replay), torch.float32)
+        if self.anchored:
+            tensors["anchor_conv"] = ((self.width - 1, shard.local_conv_channels), self.dtype)
+            tensors["anchor"] = ((4,), torch.int32)  # 16 bytes, so that the next slot is aligned
         return tensors
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:

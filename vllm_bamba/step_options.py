@@ -111,6 +111,17 @@ def _obstacle(vllm_config: VllmConfig, shape: BambaShape, eight_bits: torch.dtyp
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+def anchors_slots(vllm_config: VllmConfig, replay: int) -> bool:
+    """Whether slots of the fused step, with rings of `replay` tokens, are anchored: see `SlotFormat`.
+
+    Model Runner V2 asks `model_state.py`, which has the rings folded, at the end of every unit of prefix slots.
+    """
+    from vllm_bamba.prefix.options import active
+
+    half = vllm_config.cache_config.prefix_match_unit
+    return active(vllm_config) and vllm_config.use_v2_model_runner and half is not None and replay >= 2 * half
+
+
 def slot_format(vllm_config: VllmConfig, shape: BambaShape) -> SlotFormat | None:
     """How slots are laid out for the fused step; None where vLLM's operators take it."""
     options = StepOptions.of(vllm_config, shape)
@@ -119,7 +130,9 @@ def slot_format(vllm_config: VllmConfig, shape: BambaShape) -> SlotFormat | None
     cache, dtype = vllm_config.cache_config, vllm_config.model_config.dtype
     conv_dtype, state_dtype = state_dtypes(dtype, cache)
     shard = mixer_shard(shape, vllm_config.parallel_config.tensor_parallel_size)
-    return SlotFormat(shard, shape.conv_width, conv_dtype, options.eight_bits or state_dtype, options.replay)
+    state_dtype = options.eight_bits or state_dtype
+    anchored = anchors_slots(vllm_config, options.replay)
+    return SlotFormat(shard, shape.conv_width, conv_dtype, state_dtype, options.replay, anchored)
 
 
 def slot_shapes(vllm_config: VllmConfig, shape: BambaShape) -> tuple[tuple[int, ...], ...]:

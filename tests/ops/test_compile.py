@@ -18,7 +18,7 @@ from vllm_bamba.ops.skinny_linear.tuning import TUNED as PRODUCTS_TUNED
 
 SHAPE = {"HEADS": 128, "HEAD_DIM": 64, "GROUPS": 1, "STATE": 128, "WIDTH": 4, "BIAS": True}
 FP32 = {"a_ptr", "scale", "ring_dt", "states", "factors"}
-INT32 = {"slots", "lengths", "query_start_loc", "moves", "groups"}
+INT32 = {"slots", "lengths", "query_start_loc", "moves", "groups", "anchor"}
 INT64 = {"tables", "offsets"}
 UNALIGNED = {
     "slots",
@@ -43,7 +43,11 @@ OTHERS = [
     for kernel in ("prepare", "read", "write", "move")
     for state in ("bf16", "i8", "fp8e4nv")
 ]
-OTHERS += [{"kernel": kernel, "state": "bf16", "REPLAY": 16, "FOLD": False} for kernel in ("prepare", "replay")]
+OTHERS += [
+    {"kernel": kernel, "state": state, "REPLAY": 16, "FOLD": False}
+    for kernel in ("step", "prepare", "replay")
+    for state in ("bf16", "i8")
+]
 PRODUCTS = [
     {"kernel": "linear", "state": "bf16", "launch": o}
     | {"ROWS": o.rows, "COLUMNS": o.columns, "DEPTH": o.depth, "STAGES": o.num_stages}
@@ -97,7 +101,7 @@ def compile_one(case: dict[str, Any]) -> str:
     }
     warps = {"gate": 8, "prepare": PREPARE.num_warps}.get(case["kernel"], 4)
     kernel, launch = kernels[case["kernel"]], case.get("launch", Launch(replays=False, num_warps=warps))
-    constants = SHAPE | {"QUANTISED": STATES[case["state"]], "GATED": True, "FOLD": True}
+    constants = SHAPE | {"QUANTISED": STATES[case["state"]], "GATED": True, "FOLD": True, "ANCHORED": True}
     constants |= {"COLUMNS": 8192, "SUMS": 64, "BLOCK": BLOCKS.get(case["kernel"], PREPARE.channels)}
     constants |= {"BLOCK_HEADS": PREPARE.heads, "FOLD_DIM": PREPARE.folded}
     constants |= {name: value for name, value in case.items() if name.isupper()}

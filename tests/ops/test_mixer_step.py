@@ -35,8 +35,9 @@ def slot_format(
     groups: int = 1,
     width: int = WIDTH,
     replay: int = REPLAY,
+    anchored: bool = False,
 ) -> SlotFormat:
-    return SlotFormat(MixerShard(HEADS, HEAD_DIM, groups, STATE), width, dtype, state_dtype or dtype, replay)
+    return SlotFormat(MixerShard(HEADS, HEAD_DIM, groups, STATE), width, dtype, state_dtype or dtype, replay, anchored)
 
 
 class Batch:
@@ -68,7 +69,7 @@ class Batch:
         self.plain = [(i, stored(s, form)) for i, s in zip(inputs, states, strict=True)]
 
     def step(
-        self, launch: Launch, rows: list[int] | None = None, limit: tuple[float, float] = NO_LIMIT, fold: bool = True
+        self, launch: Launch, rows: list[int] | None = None, limit: tuple[float, float] = NO_LIMIT
     ) -> torch.Tensor:
         """One token for some of the sequences; what comes out is compared in `check`."""
         rows = list(range(len(self.slots))) if rows is None else rows
@@ -80,7 +81,7 @@ class Batch:
         columns = inner + (sum_columns(HEADS) if gated else 0)
         out = inside(torch.full((len(rows), columns), float("nan"), dtype=self.form.dtype, device=DEVICE))
         plan = decode_plan([self.slots[row] for row in rows], [self.lengths[row] for row in rows])
-        mixer_step(inside(given), self.weights, limit, self.fused, plan, out, launch, fold)
+        mixer_step(inside(given), self.weights, limit, self.fused, plan, out, launch)
         for i, row in enumerate(rows):
             if not self.slots[row]:
                 assert not out[i].any()
@@ -295,41 +296,71 @@ def test_a_copied_slot_goes_on_as_the_original(state_dtype: torch.dtype) -> None
 
 
 def layers_of(*batches: Batch) -> tuple[LayerSlots, list[torch.Tensor]]:
-    """Batches as layers, each of a group of its own, and its table of slots: those in use, then others."""
-    tables = [ints([[slot, i + 1] for i, slot in enumerate(b.slots)]) for b in batches]
+    """Batches as layers, each of a group of its own, and the tables: their slots, then others, then theirs again."""
+    tables = [ints([[slot, i + 1, slot] for i, slot in enumerate(b.slots)]) for b in batches]
     fused, A = [b.fused for b in batches], [b.weights.A for b in batches]
     return LayerSlots.of(fused, A, list(range(len(batches))), tables), tables
 
 
+@both_ways
+@pytest.mark.parametrize("stays", [False, True], ids=["moved", "in_place"])
 @pytest.mark.parametrize(("dtype", "state_dtype"), DTYPES_OF_STATES, ids=str)
-def test_rings_are_folded_where_sequences_go_on_in_another_slot(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
-    form = slot_format(dtype, state_dtype, groups=2)
+def test_anchored_slots_are_folded_where_sequences_go_on_in_another_slot_or_in_the_same(
+    dtype: torch.dtype, state_dtype: torch.dtype, stays: bool, launch: Launch
+) -> None:
+    form = slot_format(dtype, state_dtype, groups=2, anchored=True)
     first, second = Batch(form, slots=[7, 11], lengths=[3, 8]), Batch(form, slots=[10, 8], lengths=[3, 8])
     second.weights.A.mul_(0.5)
     second.seed += 100
     layers, _tables = layers_of(first, second)
     for batch in (first, second):
         for _ in range(REPLAY):
-            batch.step(REPLAYED, fold=False)
+            batch.step(launch)
     left = [batch.pages.clone() for batch in (first, second)]
-    move_slots(layers, ints([[1, first.lengths[1], 0, 1], [0, first.lengths[0], 0, 1]]))
+    column = 2 if stays else 1
+    move_slots(layers, ints([[1, first.lengths[1], 0, column], [0, first.lengths[0], 0, column]]))
     for batch, before in zip((first, second), left, strict=True):
-        batch.slots[:] = [1, 2]
+        if not stays:
+            batch.slots[:] = [1, 2]
         batch.check_states()
         others = [slot for slot in range(12) if slot not in batch.slots]
         assert torch.equal(batch.pages[others], before[others])
+        assert not batch.fused.ring_dt[batch.slots].any()
         for _ in range(REPLAY):
-            batch.step(REPLAYED, fold=False)
+            batch.step(launch)
+        batch.check()
+
+
+@both_ways
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("more", [0, 1, 3, REPLAY])
+def test_what_a_sequence_had_at_its_anchor_is_found_when_it_has_gone_on(more: int, width: int, launch: Launch) -> None:
+    """It is one of two ways in which a slot is found: the other is that the sequence ended where its ring was full."""
+    batch = Batch(slot_format(torch.float32, width=width, anchored=True), slots=[7], lengths=[3])
+    layers, _tables = layers_of(batch)
+    for _ in range(REPLAY):
+        batch.step(launch)
+    move_slots(layers, ints([[0, batch.lengths[0], 0, 2]]))
+    found = batch.lengths[0], batch.exact[0], batch.plain[0]
+    for _ in range(more):
+        batch.step(launch)
+    batch.check()
+    for length, exact, plain in {more: (batch.lengths[0], batch.exact[0], batch.plain[0]), 0: found}.values():
+        move_slots(layers, ints([[0, length, 0, 1]]))
+        batch.slots[0], batch.lengths[0], batch.exact[0], batch.plain[0] = 1, length, exact, plain
+        batch.check_states()
+        for _ in range(3):
+            batch.step(launch)
         batch.check()
 
 
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.int8], ids=str)
 def test_a_state_without_tokens_in_its_ring_is_moved_bit_by_bit(state_dtype: torch.dtype) -> None:
-    batch = Batch(slot_format(torch.bfloat16, state_dtype), slots=[7], lengths=[30])
-    batch.step(PLAIN)
+    batch = Batch(slot_format(torch.bfloat16, state_dtype, anchored=True), slots=[7], lengths=[30])
     layers, _tables = layers_of(batch)
-    move_slots(layers, ints([[0, 31, 0, 1]]))
-    for tensor in (batch.fused.conv, batch.fused.ssm, batch.fused.scale, batch.fused.ring_dt):
+    move_slots(layers, ints([[0, 30, 0, 1]]))
+    for name in ("ssm", "scale", "anchor_conv"):
+        tensor = getattr(batch.fused, name)
         if tensor is not None:
             assert torch.equal(tensor[1].view(torch.int8), tensor[7].view(torch.int8))
 

@@ -16,6 +16,7 @@ from vllm_bamba.prefix.managers import BambaStateManager
 
 vllm_bamba.register()
 text = scenario.text
+anchored_or_not = pytest.mark.parametrize("anchored", [False, True], ids=["copied", "anchored"])
 
 
 @pytest.mark.parametrize("tokens", [17, 300, 500, 528, 529, 1300])
@@ -37,9 +38,10 @@ def test_a_burst_hits_what_it_shares(asynchronous: bool) -> None:
     assert hits == 6 * [1488]
 
 
+@anchored_or_not
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_each_turn_of_a_chat_hits_all_of_the_one_before_but_a_unit(asynchronous: bool) -> None:
-    hits, ends = scenario.chat(lambda: Simulator(asynchronous=asynchronous))
+def test_each_turn_of_a_chat_hits_all_of_the_one_before_but_a_unit(asynchronous: bool, anchored: bool) -> None:
+    hits, ends = scenario.chat(lambda: Simulator(asynchronous=asynchronous, anchored=anchored))
     assert hits == [end // 16 * 16 for end in ends]
 
 
@@ -62,10 +64,34 @@ def test_prompts_that_come_once_do_not_push_out_a_system_prompt() -> None:
     assert engine.wrong == []
 
 
-def test_an_answer_keeps_one_slot() -> None:
-    engine = Simulator()
+@anchored_or_not
+def test_an_answer_keeps_one_slot(anchored: bool) -> None:
+    engine = Simulator(anchored=anchored)
     engine.ask(text(1, 100), answer=500)
     assert len(engine.scheduler.slots.table) == 2  # the end of the prompt, the end of the answer
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("tokens", range(110, 131))
+def test_an_anchored_answer_takes_one_block_and_is_found_at_its_last_unit(tokens: int, asynchronous: bool) -> None:
+    engine = Simulator(asynchronous=asynchronous, anchored=True)
+    pool = engine.scheduler.kv_cache_manager.block_pool
+    taken, allocate = [], pool.get_new_blocks
+    pool.get_new_blocks = lambda count: taken.append(count) or allocate(count)
+    seen = engine.ask(text(1, 100), answer=tokens)
+    assert sum(taken) == 2 * engine.geometry.mamba_groups + 1  # with the prompt's own slot, and a block of keys
+    end = len(seen.prompt + seen.answer) - 1  # nobody computes the last token
+    assert engine.ask(seen.prompt + seen.answer + text(2, 40)).hit == end // 16 * 16
+    assert engine.wrong == []
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_prompt_is_still_found_when_an_answer_has_gone_on_from_it(asynchronous: bool) -> None:
+    engine = Simulator(asynchronous=asynchronous, anchored=True)
+    engine.ask(text(1, 97), answer=100)
+    engine.ask(text(1, 97), answer=100)
+    assert engine.ask(text(1, 97) + text(2, 9), answer=100).hit == 96
+    assert engine.wrong == []
 
 
 def test_slots_take_no_more_than_their_share() -> None:
@@ -138,7 +164,8 @@ def assert_consistent(engine: Simulator) -> None:
     """All blocks are free, and each slot is whole: a state of every group and all attention blocks, with keys."""
     pool, slots = engine.scheduler.kv_cache_manager.block_pool, engine.scheduler.slots
     assert pool.get_num_free_blocks() == engine.geometry.blocks - 1
-    assert slots.plans == {}
+    assert slots.plans == slots.prefilled == {}
+    assert slots._withdrawn == set()
     managers = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
     assert [m._last_block for m in managers if isinstance(m, BambaStateManager)] == [{}] * engine.geometry.mamba_groups
     for key, states in slots._states.items():
@@ -188,7 +215,9 @@ def drive(seed: int, requests: int = 60, **options: object) -> Simulator:
     past: list[list[int]] = []
     for _ in range(requests):
         past.append(random_prompt(rng, heads, past)[:500])
-        name = engine.add(past[-1], rng.randrange(1, 60), rng.choice([0, 0, 40, 150]), rng.randrange(3))
+        name = engine.add(
+            past[-1], rng.randrange(1, 60), rng.choice([0, 0, 40, 150]), rng.randrange(3), stops=range(3, 13)
+        )
         for _ in range(rng.choice([0, 0, 1, 5, 40])):
             engine.step()
         if rng.random() < 0.1:
@@ -201,21 +230,24 @@ def drive(seed: int, requests: int = 60, **options: object) -> Simulator:
     return engine
 
 
+@anchored_or_not
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_random_traffic_never_builds_on_another_text(seed: int, asynchronous: bool) -> None:
-    engine = drive(seed, asynchronous=asynchronous)
+def test_random_traffic_never_builds_on_another_text(seed: int, asynchronous: bool, anchored: bool) -> None:
+    engine = drive(seed, asynchronous=asynchronous, anchored=anchored)
     assert engine.wrong == []
     assert_consistent(engine)
 
 
-@pytest.mark.parametrize("unit", [16, 32])
+@pytest.mark.parametrize(("unit", "anchored"), [(16, False), (32, False), (16, True)])
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("seed", [3, 5, 6, 10])  # 5 and 10: attention blocks of 80 tokens, which 32 does not divide
-def test_groups_need_not_be_asked_where_nothing_is_due(seed: int, asynchronous: bool, unit: int, monkeypatch) -> None:
-    asked_where_due = drive(seed, asynchronous=asynchronous, unit=unit)
+def test_groups_need_not_be_asked_where_nothing_is_due(
+    seed: int, asynchronous: bool, unit: int, anchored: bool, monkeypatch
+) -> None:
+    asked_where_due = drive(seed, asynchronous=asynchronous, unit=unit, anchored=anchored)
     monkeypatch.setattr(scheduler, "OnlyWhereDue", lambda manager: None)
-    asked_always = drive(seed, asynchronous=asynchronous, unit=unit)
+    asked_always = drive(seed, asynchronous=asynchronous, unit=unit, anchored=anchored)
     assert asked_where_due.seen == asked_always.seen
     assert asked_where_due.worker.tables == asked_always.worker.tables
 

@@ -20,7 +20,7 @@ from vllm.compilation.monitor import set_cudagraph_capturing_enabled
 from vllm_bamba.config import BambaShape
 from vllm_bamba.prefill_graphs import PrefillGraphs
 from vllm_bamba.prefix.options import active
-from vllm_bamba.step_options import StepOptions
+from vllm_bamba.step_options import slot_format
 
 pytestmark = pytest.mark.gpu
 
@@ -155,7 +155,9 @@ def test_what_nobody_asked_for_is_the_fused_step_with_prefix_slots(tiny):
     prompts = random_prompts([1, 50, 300], vocabulary=1024)
     with Engine(tiny, **DEFAULTS) as engine:
         config = engine.llm.llm_engine.vllm_config
-        assert StepOptions.of(config, BambaShape.from_hf(config.model_config.hf_config)).fused
+        form = slot_format(config, BambaShape.from_hf(config.model_config.hf_config))
+        assert form is not None
+        assert form.anchored
         assert active(config)
         assert config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         answers = engine.answers(prompts, 16)

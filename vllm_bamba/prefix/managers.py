@@ -45,13 +45,18 @@ class BambaStateManager(MambaManager):
     """Keys a state block where, and only where, a step ends on its last token or keeps the state there in passing.
 
     The block at a position then holds the state after exactly that many tokens, and no later step writes to it.
+
+    Anchored slots (`state.SlotFormat`) have a third way: an answer goes on in one and the same block, which moves from
+    column to column of the request's table, and still has the state at the last unit when the answer ends. It is keyed
+    then.
     """
 
     def __init__(self, kv_cache_spec: Any, block_pool: BlockPool, **kwargs: Any):
         super().__init__(kv_cache_spec, block_pool, **kwargs)
         self.slots = Slots.of(block_pool)
-        self.slots.groups += 1
+        self.slots.states.append(self)
         self._last_block: dict[str, int] = {}  # of each request, the block of its last token that is done
+        self._stays: set[str] = set()  # requests that go on in their block in the step that is being scheduled
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
@@ -62,6 +67,47 @@ class BambaStateManager(MambaManager):
 
     def _needs_internal_checkpoint(self, request_id: str, *args: Any, **kwargs: Any) -> bool:
         return self.slots.inner(request_id) > 0
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        self._stays.discard(request_id)
+        if request_id not in self._allocated_block_reqs:
+            self.slots.prefilled[request_id] = prefill_end
+        blocks = self.req_to_blocks[request_id]
+        if num_tokens_main_model > len(blocks) * self.block_size:
+            self.slots.passing.add(request_id)
+        passes = num_tokens_main_model - 1 == total_computed_tokens == len(blocks) * self.block_size
+        answers = total_computed_tokens > self.slots.prefilled[request_id]
+        if self.slots.anchored and passes and answers and self.block_pool.is_block_writable(blocks[-1]):
+            self._stays.add(request_id)
+            return 0
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap,
+            prefill_end,
+        )
+
+    def allocate_new_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
+        if request_id not in self._stays:
+            return super().allocate_new_blocks(request_id, *args, **kwargs)
+        blocks = self.req_to_blocks[request_id]
+        blocks.append(blocks[-1])
+        blocks[-2] = self._null_block
+        return blocks[-1:]
 
     def remove_skipped_blocks(self, request_id: str, processed_computed_tokens: int, *args: Any, **kwargs: Any) -> None:
         """As vLLM's, which finds nothing more to give back until that token stands in another block."""
@@ -74,22 +120,25 @@ class BambaStateManager(MambaManager):
         self._last_block.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
+    def leave(self, request: Request, unit: int) -> None:
+        """Have the state at an answer's last unit found; its block, the last, is anchored or ends there."""
+        self._key(request, unit, self.req_to_blocks[request.request_id][-1])
+
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         self.num_cached_block[request.request_id] = num_tokens // self.block_size
-        if inner := self.slots.inner(request.request_id):
-            self._key(request, inner)
-        if num_tokens > 0 and num_tokens % self.block_size == 0:
-            self._key(request, num_tokens)
+        blocks = self.req_to_blocks[request.request_id]
+        last = self.slots.prefilled[request.request_id] if self.slots.anchored else num_tokens  # answers: see `leave`
+        for position in (self.slots.inner(request.request_id), num_tokens):
+            if 0 < position <= min(last, len(blocks) * self.block_size) and position % self.block_size == 0:
+                self._key(request, position, blocks[position // self.block_size - 1])
 
-    def _key(self, request: Request, num_tokens: int) -> None:
+    def _key(self, request: Request, num_tokens: int, block: KVCacheBlock) -> None:
         """Have the state after that many of the request's tokens found, if it becomes a slot."""
         hash_index = num_tokens // self.block_pool.hash_block_size - 1
-        blocks = self.req_to_blocks[request.request_id]
-        index = num_tokens // self.block_size - 1
-        if hash_index >= len(request.block_hashes) or index >= len(blocks):
+        if block.is_null or block.block_hash is not None or hash_index >= len(request.block_hashes):
             return
-        block, key = blocks[index], request.block_hashes[hash_index]
-        if block.is_null or block.block_hash is not None or not self.slots.admits(request, num_tokens, key):
+        key = request.block_hashes[hash_index]
+        if not self.slots.admits(request, num_tokens, key):
             return
         hashed = add_key(self.block_pool, block, key, self.kv_cache_group_id, num_tokens)
         self.cached_blocks_this_step.add(hashed)  # computed in this step: nobody may start from it before the next

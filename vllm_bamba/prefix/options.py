@@ -89,15 +89,6 @@ def active(vllm_config: VllmConfig) -> bool:
     return vllm_config.cache_config.enable_prefix_caching and vllm_config.scheduler_config.scheduler_cls == SCHEDULER
 
 
-def folds_when_moved(vllm_config: VllmConfig, replay: int) -> bool:
-    """Whether rings of `replay` tokens are folded where states go on in another slot, and not by the decode step.
-
-    With slots they do once a unit, and what would be copied can as well be folded: `model_state.py`.
-    """
-    half = vllm_config.cache_config.prefix_match_unit
-    return active(vllm_config) and vllm_config.use_v2_model_runner and half is not None and replay >= 2 * half
-
-
 def configure(vllm_config: VllmConfig, has_attention: bool = True) -> None:
     """Turn slots on, or say why there are none; `has_attention`: whether the model has an attention layer.
 

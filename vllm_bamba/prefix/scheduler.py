@@ -8,10 +8,12 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from vllm_bamba.config import BambaShape
 from vllm_bamba.prefix.managers import OnlyWhereDue
 from vllm_bamba.prefix.options import SlotOptions, active, shared_tokens, system_tokens
 from vllm_bamba.prefix.policy import chunk_tokens, inner_position, plan_prefill
 from vllm_bamba.prefix.slots import Slots
+from vllm_bamba.step_options import slot_format
 
 
 class Sparing(Scheduler):
@@ -33,6 +35,8 @@ class PrefixAware(Sparing):
         super().__init__(*args, **kwargs)
         self.slots = Slots.of(self.kv_cache_manager.block_pool)
         self.slots.limit(SlotOptions.of(self.vllm_config).share)
+        form = slot_format(self.vllm_config, BambaShape.from_hf(self.vllm_config.model_config.hf_config))
+        self.slots.anchored = form is not None and form.anchored
 
     def _mamba_block_aligned_split(
         self,
@@ -72,6 +76,13 @@ class PrefixAware(Sparing):
         assert attention is not None
         self.slots.withdraw(request.request_id, attention.keyed_in_this_step(request.request_id))
         super()._preempt_request(request, *args, **kwargs)
+
+    def _free_request_blocks(self, request: Request) -> None:
+        """As vLLM's, but first an anchored answer's last unit is made to be found."""
+        if unit := self.slots.unit_left(request):
+            self.kv_cache_manager.cache_blocks(request, min(unit, request.num_tokens))
+            self.slots.leave(request, unit)
+        super()._free_request_blocks(request)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         done = super().reset_prefix_cache(*args, **kwargs)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
-    from vllm_bamba.prefix.managers import BambaAttentionManager
+    from vllm_bamba.prefix.managers import BambaAttentionManager, BambaStateManager
 
 
 class Slots:
@@ -27,7 +27,10 @@ class Slots:
 
     def __init__(self, pool: BlockPool):
         self.pool = pool
-        self.groups = 0
+        self.states: list[BambaStateManager] = []
+        self.anchored = False  # as `state.SlotFormat` has it
+        self.prefilled: dict[str, int] = {}  # of each request, tokens up to which it is prefilled, or one less
+        self.passing: set[str] = set()  # requests that pass the end of a state's block in this step
         self.attention: BambaAttentionManager | None = None
         self.table = SlotTable(0)
         self.plans: dict[str, dict[int, Kind]] = {}
@@ -38,9 +41,15 @@ class Slots:
         self._newest: dict[str, Key] = {}  # of each answer
         self._step: defaultdict[str, list[Key]] = defaultdict(list)
         self._prefills: set[str] = set()
+        self._withdrawn: set[str] = set()
         self._inner: dict[str, int] = {}
         self._decided: dict[tuple[str, int], bool] = {}
         before_allocation(pool, self.make_room)
+
+    @property
+    def groups(self) -> int:
+        """Of Mamba layers."""
+        return len(self.states)
 
     @classmethod
     def of(cls, pool: Any) -> Slots:
@@ -57,6 +66,7 @@ class Slots:
 
     def new_step(self) -> None:
         self._step.clear()
+        self.passing.clear()
         self._prefills.clear()
         self._inner.clear()
         self._decided.clear()
@@ -105,8 +115,21 @@ class Slots:
         for block in blocks:
             if not block.is_null and block.ref_cnt == 1 and block.block_id not in self._owners:
                 remove_keys(self.pool, block)
-        for of_request in (self.plans, self._lineage, self._newest):
+        for of_request in (self.plans, self.prefilled, self._lineage, self._newest):
             of_request.pop(request_id, None)
+        self._withdrawn.discard(request_id)
+
+    def unit_left(self, request: Request) -> int:
+        """Tokens of the last unit of an anchored answer, which others may go on from when it ends; 0: there is none."""
+        request_id, size = request.request_id, self.states[0].block_size
+        unit = request.num_computed_tokens // size * size
+        answers = unit > self.prefilled.get(request_id, unit)
+        return unit if self.anchored and answers and request_id not in self._withdrawn else 0
+
+    def leave(self, request: Request, unit: int) -> None:
+        """The request is about to give back all its blocks: have its state at that unit found."""
+        for manager in self.states:
+            manager.leave(request, unit)
 
     def withdraw(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
         """Take back what a request was scheduled to compute in this step, which it will not do.
@@ -116,6 +139,8 @@ class Slots:
             blocks: attention blocks that got keys for it in this step.
         """
         self._inner.pop(request_id, None)
+        if request_id in self.passing:
+            self._withdrawn.add(request_id)
         for key in self._step.pop(request_id, ()):
             if key in self.table:
                 self._drop(key)

@@ -41,9 +41,10 @@ def mixer_step(
     plan: DecodePlan,
     out: torch.Tensor,
     launch: Launch | None = None,
-    fold: bool = True,
 ) -> None:
     """Advance each row's slot by one token; rows whose slot is 0 are padding and give zeros.
+
+    Full rings are folded on the way, but not those of anchored slots: `slot_state.move_slots` does it in time.
 
     Without `weights.norm` y goes to `out` [rows, channels of x]. With it, `out` is [rows, channels of x + sums]: it
     gets norm * y * silu(gate), and in the last `sum_columns` columns numbers whose sum is that of the squares of
@@ -57,14 +58,13 @@ def mixer_step(
         plan: the batch's decodes, without speculation.
         out: see above; its rows may be parts of longer ones.
         launch: how; by default what is tuned for the GPU and the number of rows.
-        fold: whether full rings are folded here; else `slot_state.move_slots` must do it before they overflow.
 
     Raises:
         ValueError: shapes do not fit each other.
     """
     constants = slots.constants()
     heads, head_dim, groups, state = (constants[k] for k in ("HEADS", "HEAD_DIM", "GROUPS", "STATE"))
-    rows, width = len(projected), slots.conv.shape[1]
+    rows, width, fold = len(projected), slots.conv.shape[1], slots.anchor is None
     if launch is None:
         launch = tuning_for(slots.ssm, projected.dtype).launch_for(rows)
     inner, channels = heads * head_dim, slots.conv.shape[2]
@@ -84,9 +84,9 @@ def mixer_step(
     parameters = (weights.taps, weights.conv_bias, weights.A, weights.D, weights.dt_bias)
     if not (launch.replays and constants["REPLAY"]):
         step_kernel[heads, rows](
-            projected, out, *parameters, weights.norm, plan.slots, plan.lengths, *slots,
-            projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(slots), *dt_limit,
-            **constants, WIDTH=width, BIAS=bias, GATED=gated,
+            projected, out, *parameters, weights.norm, plan.slots, plan.lengths, *slots.of_step,
+            projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step), *dt_limit,
+            **constants, FOLD=fold, WIDTH=width, BIAS=bias, GATED=gated,
             num_warps=launch.num_warps, maxnreg=launch.max_registers,
         )  # fmt: skip
         return
@@ -97,12 +97,12 @@ def mixer_step(
     folds = -(-heads // constants["REPLAY"]) * (head_dim // folded) if fold else 0
     programs = folds + groups * -(-of_group // some_heads) + -(-inner // PREPARE.channels)  # as the kernel counts them
     prepare_kernel[programs, rows](
-        projected, convolved, factors, *parameters, plan.slots, plan.lengths, *slots,
-        projected.stride(0), plan.slots.stride(0), *slot_strides(slots), *dt_limit,
+        projected, convolved, factors, *parameters, plan.slots, plan.lengths, *slots.of_step,
+        projected.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step), *dt_limit,
         **constants, FOLD=fold, WIDTH=width, BIAS=bias,
         BLOCK=PREPARE.channels, BLOCK_HEADS=some_heads, FOLD_DIM=folded, num_warps=PREPARE.num_warps,
     )  # fmt: skip
-    read = slots[1:]
+    read = slots.of_step[1:]
     replay_kernel[heads, rows](
         projected, convolved, factors, out, weights.norm, plan.slots, plan.lengths, *read,
         projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(read),

@@ -1,8 +1,8 @@
 """One decode step of a whole mixer in Triton; symbols and equations in ../README.md.
 
 `step_kernel` does it at once and writes the state. Where states are replayed, `prepare_kernel` does what a row needs
-once and, with FOLD, folds the rings that are full; `replay_kernel` behind it is left with a head's state and ring,
-which it asks for before anything else: it has to keep the memory busy.
+once and folds the rings that are full; `replay_kernel` behind it is left with a head's state and ring, which it asks
+for before anything else: it has to keep the memory busy. Without FOLD all of them leave checkpoints as they are.
 
 Inputs of the convolution stand in a ring of `WIDTH` entries indexed by the token's position, of which a step reads all
 but the one that it writes: programs of a row share B and C without waiting for each other.
@@ -213,9 +213,9 @@ def step_kernel(
     conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
     dt_low, dt_high,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr, WIDTH: tl.constexpr,
-    REPLAY: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, QUANTISED: tl.constexpr,
+    REPLAY: tl.constexpr, FOLD: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, QUANTISED: tl.constexpr,
 ):  # fmt: skip
-    """A whole step that writes the state; a program a head and row."""
+    """A whole step that writes the state, or with FOLD off the ring; a program a head and row."""
     head, row = tl.program_id(0), tl.program_id(1)
     inner: tl.constexpr = HEADS * HEAD_DIM
     bc: tl.constexpr = GROUPS * STATE
@@ -256,13 +256,21 @@ def step_kernel(
         ring_b += slot * ring_b_stride + group * STATE
         ring_dt += slot * ring_dt_stride + head * REPLAY
         entries = tl.arange(0, REPLAY)
-        if tl.sum(tl.load(ring_dt + entries), 0) > 0:  # tokens that a larger batch has left
+        if tl.sum(tl.load(ring_dt + entries), 0) > 0:  # tokens that a larger batch has left, or since the checkpoint
             state = fold(state, a, position - 1, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, bc, REPLAY)
-            tl.store(ring_dt + entries, tl.zeros([REPLAY], tl.float32))
+            if FOLD:
+                tl.store(ring_dt + entries, tl.zeros([REPLAY], tl.float32))
     state = state * tl.exp(dt * a) + (dt * x)[:, None] * b[None, :]
     y = tl.sum(state * c[None, :], 1) + tl.load(d_ptr + head).to(tl.float32) * x
     squares = gated(y, projected, norm_weight, out, rows, GATED)
-    store_state(state, ssm, scale, rows, values, position, QUANTISED)
+    if FOLD:
+        store_state(state, ssm, scale, rows, values, position, QUANTISED)
+    else:
+        entry = position % REPLAY
+        tl.store(ring_x + entry * HEAD_DIM + p, x.to(ring_x.dtype.element_ty))
+        tl.store(ring_dt + entry, dt)
+        if head % (HEADS // GROUPS) == 0:
+            tl.store(ring_b + entry * bc + n, b.to(ring_b.dtype.element_ty))
     if GATED:
         store_sum(squares, out, inner + 2 * head)
 

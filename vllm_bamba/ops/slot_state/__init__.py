@@ -12,7 +12,6 @@ from vllm_bamba.ops.slot_state.kernels import move_kernel, read_kernel, write_ke
 from vllm_bamba.state import FusedSlots, PrefillPlan, slot_strides
 
 BLOCK = 1024  # channels of the convolution that a program moves
-FOLDED = 32  # channels of a head that a program folds, on its way to another slot
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def read_slots(slots: FusedSlots, A: torch.Tensor, plan: PrefillPlan, inputs: to
     states = torch.empty(sequences, heads, head_dim, state, dtype=torch.float32, device=slots.ssm.device)
     read_kernel[_programs(slots), sequences](
         inputs, states, A, plan.slots, plan.lengths, plan.query_start_loc, plan.continues,
-        *slots, *slot_strides(slots), **_constants(slots),
+        *slots.of_step, *slot_strides(slots.of_step), **_constants(slots),
     )  # fmt: skip
     return states
 
@@ -125,30 +124,29 @@ def write_slots(
     _, width, channels = slots.conv.shape
     if inputs.shape != (1 + len(states), channels, width - 1) or not inputs.transpose(1, 2).is_contiguous():
         raise ValueError(f"inputs {tuple(inputs.shape)} of {inputs.dtype} are not laid out as by `empty_inputs`")
-    tensors = (slots.conv, slots.ssm, slots.scale, slots.ring_dt)
+    tensors = (slots.conv, slots.ssm, slots.scale, slots.ring_dt, slots.anchor_conv, slots.anchor)
     write_kernel[_programs(slots), len(states)](
-        inputs, states.contiguous(), places, lengths, *tensors, *slot_strides(tensors), **_constants(slots)
-    )
+        inputs, states.contiguous(), places, lengths, *tensors, *slot_strides(tensors),
+        **_constants(slots), ANCHORED=slots.anchor is not None,
+    )  # fmt: skip
 
 
 def move_slots(layers: LayerSlots, moves: torch.Tensor) -> None:
-    """Have sequences go on in other slots, in all layers, with the ring's tokens folded into the state.
+    """Have sequences go on in other slots, or in the same, in all layers, with their rings folded and anchors set.
 
-    What is left behind does not change. Where a ring is empty, the state is copied bit by bit.
+    A slot that is left, and whose sequence has not gone on in it since its anchor, or has by no more than a ring, still
+    has what its sequence had at the anchor: that is what is taken from it for as many tokens. Where there is nothing to
+    fold, a state is copied bit by bit.
 
     Args:
-        layers: whose slots have rings.
+        layers: whose slots are anchored.
         moves: int32 [sequences, 4], contiguous: the sequence's row of the tables, its tokens, and the columns in which
             its old and its new slot stand.
     """
     slots = layers.first
-    constants = _constants(slots)
-    heads, head_dim = slots.ssm.shape[1:3]
-    folded = min(FOLDED, head_dim)
-    programs = heads * (head_dim // folded) + triton.cdiv(slots.conv[0].numel(), BLOCK)
-    move_kernel[programs, len(moves), len(layers.offsets)](
+    move_kernel[_programs(slots), len(moves), len(layers.offsets)](
         moves, layers.tables, layers.groups, layers.offsets, layers.A, *slots,
-        layers.tables_stride, *slot_strides(slots), **constants, FOLD_DIM=folded,
+        layers.tables_stride, *slot_strides(slots), **_constants(slots),
     )  # fmt: skip
 
 

@@ -10,14 +10,13 @@ from vllm_bamba.ops.mixer_step.kernels import fold, of_any_batch, store_state, t
 
 
 @triton.jit
-def places(part, sequence, length, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of some channels of the last WIDTH - 1 of `length` inputs: places in a slot, in a row, and which exist."""
+def places(part, length, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of some channels of the last WIDTH - 1 of `length` inputs: places in a ring, in order, and which exist."""
     channel = part * BLOCK + tl.arange(0, BLOCK)
     i = tl.arange(0, 4)  # no convolution is wider
     entry = (length + 1 + i) % WIDTH  # that of token length - (WIDTH - 1) + i
-    row = (1 + sequence.to(tl.int64)) * (WIDTH - 1) + i
     inside = (i < WIDTH - 1)[:, None] & (channel < CHANNELS)[None, :]
-    return entry[:, None] * CHANNELS + channel[None, :], row[:, None] * CHANNELS + channel[None, :], inside
+    return entry[:, None] * CHANNELS + channel[None, :], i[:, None] * CHANNELS + channel[None, :], inside
 
 
 @of_any_batch
@@ -34,8 +33,9 @@ def read_kernel(
     position = tl.load(lengths + sequence) - new  # of the first new token
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM + 2 * GROUPS * STATE  # of the convolution
     if head >= HEADS:
-        there, here, inside = places(head - HEADS, sequence, position, WIDTH, CHANNELS, BLOCK)
-        tl.store(inputs + here, tl.load(conv + slot * conv_stride + there, mask=inside), mask=inside)
+        in_ring, in_order, inside = places(head - HEADS, position, WIDTH, CHANNELS, BLOCK)
+        inputs += (1 + sequence.to(tl.int64)) * (WIDTH - 1) * CHANNELS
+        tl.store(inputs + in_order, tl.load(conv + slot * conv_stride + in_ring, mask=inside), mask=inside)
         return
     p, n = tl.arange(0, HEAD_DIM), tl.arange(0, STATE)
     rows, tile = tile_of(head * HEAD_DIM, p, n)
@@ -57,10 +57,10 @@ def read_kernel(
 
 @of_any_batch
 def write_kernel(
-    inputs, states, slots, lengths, conv, ssm, scale, ring_dt,
-    conv_stride, ssm_stride, scale_stride, ring_dt_stride,
+    inputs, states, slots, lengths, conv, ssm, scale, ring_dt, anchor_conv, anchor,
+    conv_stride, ssm_stride, scale_stride, ring_dt_stride, anchor_conv_stride, anchor_stride,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr,
-    REPLAY: tl.constexpr, QUANTISED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    REPLAY: tl.constexpr, QUANTISED: tl.constexpr, ANCHORED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`write_slots`, likewise."""
     head, sequence = tl.program_id(0), tl.program_id(1)
@@ -69,8 +69,13 @@ def write_kernel(
         return
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM + 2 * GROUPS * STATE  # of the convolution
     if head >= HEADS:
-        there, here, inside = places(head - HEADS, sequence, length, WIDTH, CHANNELS, BLOCK)
-        tl.store(conv + slot * conv_stride + there, tl.load(inputs + here, mask=inside), mask=inside)
+        in_ring, in_order, inside = places(head - HEADS, length, WIDTH, CHANNELS, BLOCK)
+        inputs += (1 + sequence.to(tl.int64)) * (WIDTH - 1) * CHANNELS
+        last = tl.load(inputs + in_order, mask=inside)
+        tl.store(conv + slot * conv_stride + in_ring, last, mask=inside)
+        if ANCHORED:
+            tl.store(anchor_conv + slot * anchor_conv_stride + in_order, last, mask=inside)
+            tl.store(anchor + slot * anchor_stride, length)
         return
     p, n = tl.arange(0, HEAD_DIM), tl.arange(0, STATE)
     rows, tile = tile_of(head * HEAD_DIM, p, n)
@@ -91,28 +96,41 @@ def of_layer(tensor, offset):
 
 @of_any_batch
 def move_kernel(
-    moves, tables, groups, offsets, a_ptr, conv, ssm, scale, ring_x, ring_b, ring_dt, tables_stride,
-    conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr,
-    REPLAY: tl.constexpr, QUANTISED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FOLD_DIM: tl.constexpr,
+    moves, tables, groups, offsets, a_ptr,
+    conv, ssm, scale, ring_x, ring_b, ring_dt, anchor_conv, anchor, tables_stride,
+    conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride, anchor_conv_stride,
+    anchor_stride, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr,
+    REPLAY: tl.constexpr, QUANTISED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`move_slots`, FOLD_DIM channels of a head or BLOCK inputs of the convolution of one sequence and layer."""
-    part, layer = tl.program_id(0), tl.program_id(2)
-    moves += tl.program_id(1) * 4
-    row, length = tl.load(moves).to(tl.int64), tl.load(moves + 1)
+    """`move_slots`, a head or a block of channels of one sequence and layer.
+
+    Nobody reads the anchor of a slot that stays, which another program may just write.
+    """
+    head, move, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, length = tl.load(moves + move * 4).to(tl.int64), tl.load(moves + move * 4 + 1)
     table = tl.load(tables + tl.load(groups + layer)).to(tl.pointer_type(tl.int32)) + row * tables_stride
-    there = tl.load(table + tl.load(moves + 2)).to(tl.int64)
-    here = tl.load(table + tl.load(moves + 3)).to(tl.int64)
+    there = tl.load(table + tl.load(moves + move * 4 + 2)).to(tl.int64)
+    here = tl.load(table + tl.load(moves + move * 4 + 3)).to(tl.int64)
     offset = tl.load(offsets + layer)
-    PARTS: tl.constexpr = HEAD_DIM // FOLD_DIM
-    if part >= HEADS * PARTS:
-        SIZE: tl.constexpr = WIDTH * (HEADS * HEAD_DIM + 2 * GROUPS * STATE)
-        conv = of_layer(conv, offset)
-        i = (part - HEADS * PARTS) * BLOCK + tl.arange(0, BLOCK)
-        tl.store(conv + here * conv_stride + i, tl.load(conv + there * conv_stride + i, mask=i < SIZE), mask=i < SIZE)
+    anchor = of_layer(anchor, offset)
+    at_anchor = there != here
+    if at_anchor:
+        at_anchor = tl.load(anchor + there * anchor_stride) == length  # the sequence may have gone on since
+    CHANNELS: tl.constexpr = HEADS * HEAD_DIM + 2 * GROUPS * STATE  # of the convolution
+    if head >= HEADS:
+        conv, anchor_conv = of_layer(conv, offset), of_layer(anchor_conv, offset)
+        in_ring, in_order, inside = places(head - HEADS, length, WIDTH, CHANNELS, BLOCK)
+        if at_anchor:
+            last = tl.load(anchor_conv + there * anchor_conv_stride + in_order, mask=inside)
+        else:
+            last = tl.load(conv + there * conv_stride + in_ring, mask=inside)
+        tl.store(anchor_conv + here * anchor_conv_stride + in_order, last, mask=inside)
+        if there != here:
+            tl.store(conv + here * conv_stride + in_ring, last, mask=inside)
         return
-    head = part // PARTS
-    p, n = part % PARTS * FOLD_DIM + tl.arange(0, FOLD_DIM), tl.arange(0, STATE)
+    if head == 0:
+        tl.store(anchor + here * anchor_stride, length)
+    p, n = tl.arange(0, HEAD_DIM), tl.arange(0, STATE)
     rows, tile = tile_of(head * HEAD_DIM, p, n)
     ssm = of_layer(ssm, offset)
     ring_dt = of_layer(ring_dt, offset) + head * REPLAY
@@ -123,17 +141,16 @@ def move_kernel(
     kept = tl.load(ssm + there * ssm_stride + tile)
     entries = tl.arange(0, REPLAY)
     times = tl.load(ring_dt + there * ring_dt_stride + entries)
-    if part % PARTS == 0:
-        tl.store(ring_dt + here * ring_dt_stride + entries, tl.zeros([REPLAY], tl.float32))
-    if tl.sum(times, 0) > 0:
-        a = tl.load(a_ptr + layer * HEADS + head)
-        ring_x = of_layer(ring_x, offset) + there * ring_x_stride + head * REPLAY * HEAD_DIM
-        ring_b = of_layer(ring_b, offset) + there * ring_b_stride + head // (HEADS // GROUPS) * STATE
-        ring_dt += there * ring_dt_stride
-        state = widened(kept, old_scale, rows, QUANTISED)
-        state = fold(state, a, length - 1, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, GROUPS * STATE, REPLAY)
-        store_state(state, ssm + here * ssm_stride, new_scale, rows, tile, length, QUANTISED)
-    else:  # nothing to round
+    if at_anchor | (tl.sum(times, 0) == 0):  # nothing to round
         tl.store(ssm + here * ssm_stride + tile, kept)
         if QUANTISED:
             tl.store(new_scale + rows, tl.load(old_scale + rows))
+    else:
+        a = tl.load(a_ptr + layer * HEADS + head)
+        ring_x = of_layer(ring_x, offset) + there * ring_x_stride + head * REPLAY * HEAD_DIM
+        ring_b = of_layer(ring_b, offset) + there * ring_b_stride + head // (HEADS // GROUPS) * STATE
+        old_dt = ring_dt + there * ring_dt_stride
+        state = widened(kept, old_scale, rows, QUANTISED)
+        state = fold(state, a, length - 1, ring_x, ring_b, old_dt, p, n, HEAD_DIM, GROUPS * STATE, REPLAY)
+        store_state(state, ssm + here * ssm_stride, new_scale, rows, tile, length, QUANTISED)
+    tl.store(ring_dt + here * ring_dt_stride + entries, tl.zeros([REPLAY], tl.float32))

@@ -240,6 +240,7 @@ def test_tokens_of_variants_are_compared():
         ("vllm_operators_align", 528, 11),  # no request is as long as a block
         ("vllm_operators_slots", 528, 31),
         ("fused", 608, 11),
+        ("fused_slots", 608, 21),
         ("fused_int8", 352, 11),
     ],
 )

@@ -56,8 +56,11 @@ the same, and `MambaManager.cache_blocks`
     vLLM publishes a wrong state where prompts part: see below.
 `MambaSpec.state_content_size_bytes`
     vLLM cuts copies of shared attention blocks short: see below.
-`Scheduler._preempt_request`, `Scheduler.reset_prefix_cache`
-    Steps that are not run, caches that are emptied. Goes with the slots.
+`Scheduler._preempt_request`, `._free_request_blocks`, `.reset_prefix_cache`
+    Steps that are not run, requests that end, caches that are emptied. Goes with the slots.
+`MambaManager.get_num_blocks_to_allocate`, `.allocate_new_blocks`, `._allocated_block_reqs`,
+`BlockPool.is_block_writable`
+    An answer of anchored slots stays in its block. Goes when vLLM lets a state's block serve for more than one column.
 `KVCacheManager.allocate_slots`, `.cache_blocks`, `.remove_skipped_blocks`, `.max_model_len`, its coordinator's
 `group_block_sizes`, `Request.num_in_flight_tokens`, `.num_preemptions`
     Groups are asked only when they have something to do. Goes when vLLM does not ask each of them for each token.

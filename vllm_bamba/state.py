@@ -204,7 +204,7 @@ class FusedSlots(NamedTuple):
         ring_b: [slots, replay, groups * state], their B.
         ring_dt: fp32 [slots, heads, replay], their time steps; 0: an empty entry.
         anchor_conv: [slots, width - 1, channels], the convolution's inputs before the anchor; None without one.
-        anchor: int32 [slots, 4], in its first number the tokens that the checkpoint has seen in all heads.
+        anchor: int32 [slots, 16], in the first number the tokens that the checkpoint has seen in all heads.
     """
 
     conv: torch.Tensor
@@ -278,7 +278,7 @@ class SlotFormat:
             tensors["ring_dt"] = ((heads, self.replay), torch.float32)
         if self.anchored:
             tensors["anchor_conv"] = ((self.width - 1, shard.local_conv_channels), self.dtype)
-            tensors["anchor"] = ((4,), torch.int32)  # 16 bytes, so that the next slot is aligned
+            tensors["anchor"] = ((16,), torch.int32)  # one is used; slots stay multiples of 64 bytes
         return tensors
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:

@@ -336,7 +336,7 @@ def test_anchored_slots_are_folded_where_sequences_go_on_in_another_slot_or_in_t
 @pytest.mark.parametrize("more", [0, 1, 3, REPLAY])
 def test_what_a_sequence_had_at_its_anchor_is_found_when_it_has_gone_on(more: int, width: int, launch: Launch) -> None:
     """It is one of two ways in which a slot is found: the other is that the sequence ended where its ring was full."""
-    batch = Batch(slot_format(torch.float32, width=width, anchored=True), slots=[7], lengths=[3])
+    batch = Batch(slot_format(torch.bfloat16, width=width, anchored=True), slots=[7], lengths=[3])
     layers, _tables = layers_of(batch)
     for _ in range(REPLAY):
         batch.step(launch)

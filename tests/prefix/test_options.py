@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_bamba.prefix.options import SCHEDULER, SlotOptions, active, configure, shared_tokens, system_tokens
+from vllm_bamba.step_options import anchors_slots
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,28 @@ def test_slots_are_on_by_default(caplog: pytest.LogCaptureFixture) -> None:
     assert made.scheduler_config.scheduler_cls == SCHEDULER
     assert made.cache_config.prefix_match_unit == 8  # hashes at half of a unit
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("replay", "unit", "caching", "v2", "anchored"),
+    [
+        (16, None, True, True, True),
+        (32, 32, True, True, True),
+        (8, None, True, True, False),
+        (16, 32, True, True, False),
+        (16, None, True, False, False),
+        (16, None, False, True, False),
+    ],
+    ids=["default", "units of 32", "short rings", "long units", "Model Runner V1", "no caching"],
+)
+def test_slots_are_anchored_where_a_ring_lasts_for_a_unit_and_is_folded_at_its_end(
+    replay: int, unit: int | None, caching: bool, v2: bool, anchored: bool
+) -> None:
+    made = config(
+        cache_config__prefix_match_unit=unit, cache_config__enable_prefix_caching=caching, use_v2_model_runner=v2
+    )
+    configure(made)
+    assert anchors_slots(made, replay) is anchored
 
 
 def test_a_model_without_attention_is_left_to_vllm(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,8 @@ Options of the engine, in vLLM's `additional_config` (`--additional-config '{"ba
 | `bamba_prefix_slots` | true | false: vLLM's own caching, in steps of the attention block (528 tokens for 9B) |
 | `bamba_prefix_share` | 0.75 | the largest part of the cache that slots may take; requests that run come first anyway |
 
-vLLM's `--prefix-match-unit` sets the distance of slots in tokens, 16 by default. An answer is copied once per unit.
+vLLM's `--prefix-match-unit` sets the distance of slots in tokens, 16 by default. The states of answers are copied once
+per unit, but not by the fused step if a unit is not longer than `bamba_replay`.
 
 Option of a request, in `SamplingParams(extra_args=...)`, over HTTP in `"vllm_xargs"`:
 

@@ -93,6 +93,7 @@ class Simulator:
         slots: with this plugin's scheduler, and slots where prefixes are cached, or vLLM alone.
         caching: whether prefixes are cached at all.
         anchored: whether the worker's slots are (`vllm_bamba.state.SlotFormat`).
+        retention: `--prefix-cache-retention-interval`.
         unit: `--prefix-match-unit`.
         asynchronous: schedule each step before the one before is done.
         share: `bamba_prefix_share`.
@@ -104,7 +105,7 @@ class Simulator:
     def __init__(
         self, geometry: Geometry = Geometry(), slots: bool = True, unit: int | None = None,
         asynchronous: bool = False, share: float | None = None, exports: bool = True, caching: bool = True,
-        anchored: bool = False, **options: Any,
+        anchored: bool = False, retention: int | None = 0, **options: Any,
     ):  # fmt: skip
         init_none_hash(sha256)
         self.asynchronous = asynchronous
@@ -146,7 +147,10 @@ class Simulator:
         groups = [KVCacheGroupSpec([f"mamba{i}"], states) for i in range(geometry.mamba_groups)]
         groups.append(KVCacheGroupSpec(["attention"], attention))
         layout = KVCacheConfig(
-            num_blocks=geometry.blocks, kv_cache_tensors=[], kv_cache_groups=groups, prefix_cache_retention_interval=0
+            num_blocks=geometry.blocks,
+            kv_cache_tensors=[],
+            kv_cache_groups=groups,
+            prefix_cache_retention_interval=retention,
         )
         cache.block_size, cache.num_gpu_blocks = min(block, states.block_size), geometry.blocks
         scheduler_block, hash_block = resolve_kv_cache_block_sizes(layout, config)

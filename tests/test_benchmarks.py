@@ -460,8 +460,9 @@ def test_scheduler_is_timed_in_every_mode(more, tmp_path, capsys):
     bench_scheduler.main([*size, *more, *common(tmp_path)])
     found = read(tmp_path, "bench_scheduler")
     modes = [(row["variant"], row["cache_mode"]) for row in found]
-    assert modes == [("vllm", "none"), ("vllm", "align"), ("vllm_bamba", "none"), ("vllm_bamba", "slots")]
+    ours = [("vllm_bamba", mode) for mode in ("none", "slots", "anchored slots")]
+    assert modes == [("vllm", "none"), ("vllm", "align"), *ours]
     assert values(found, "metric") == {"scheduler_step"}
     assert values(found, "repeats") == {"60"}
-    assert len(list((tmp_path / "profile").glob("*.prof"))) == 4
+    assert len(list((tmp_path / "profile").glob("*.prof"))) == 5
     assert "p99" in capsys.readouterr().out

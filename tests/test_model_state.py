@@ -88,7 +88,7 @@ def test_the_same_states_are_moved_as_with_whole_batches(monkeypatch: pytest.Mon
         batch = batch_of(rows, [computed[row] for row in rows], new)
         whole.step(batch, computed)
         asked.clear()
-        state.preprocess_state(batch, (), None)
+        state.preprocess_state(batch)
         for moves in asked:
             ours.step(moves, computed)
             sizes.add(moves.num_reqs)
@@ -119,21 +119,23 @@ def test_rings_are_folded_of_sequences_that_have_a_state_and_pass_the_end_of_a_b
     asked: list[Any] = []
     monkeypatch.setattr(slot_state, "move_slots", lambda layers, moves: asked.append((layers, moves.tolist())))
     state = model_state(monkeypatch, SimpleNamespace(before=lambda batch: pytest.fail("vLLM's own copies")))
-    state.anchored = {name: mixing(i) for i, name in enumerate(("a", "b", "c"))}
-    state.device = torch.device("cpu")
+    monkeypatch.setattr(MambaHybridModelState, "initialize_kv_cache", lambda self, *args: None)
+    ways = {name: mixing(i) for i, name in enumerate(("a", "b", "c"))}
+    state.anchored, state.device = ways, torch.device("cpu")
     groups = SimpleNamespace(
         kv_cache_groups=[SimpleNamespace(layer_names=names) for names in (["a", "c"], ["attention"], ["b"])]
     )
-    tables = tuple(torch.zeros(TABLE, 9, dtype=torch.int32) for _ in range(3))
+    tables = [torch.zeros(TABLE, 9, dtype=torch.int32) for _ in range(3)]
+    state.initialize_kv_cache(groups, SimpleNamespace(input_block_tables=tables))
     batch = batch_of([5, 3, 8, 1, 2], [16, 0, 31, 15, 40], [1, 20, 1, 1, 30])
-    state.preprocess_state(batch, tables, groups)
+    state.preprocess_state(batch)
     ((layers, moves),) = asked
     assert moves == [[0, 16, 0, 1], [4, 40, 2, 4]]
     assert layers.groups.tolist() == [0, 0, 1]
     assert layers.tables.tolist() == [tables[0].data_ptr(), tables[2].data_ptr()]
-    assert layers.A[:, 0].tolist() == [-1, -3, -2]
+    assert layers.A.tolist() == [ways[name].mixer.A.data_ptr() for name in ("a", "c", "b")]
     assert (16 * layers.offsets).tolist() == [0, 2 * pages.stride(0), pages.stride(0)]
-    state.preprocess_state(batch_of([5, 3], [17, 0], [1, 40]), tables, groups)
+    state.preprocess_state(batch_of([5, 3], [17, 0], [1, 40]))
     assert len(asked) == 1
 
 
@@ -150,7 +152,7 @@ def test_whole_batches_reach_vllm_where_tokens_may_be_taken_back(
     vllm = SimpleNamespace(before=before.append, after=lambda *args: after.append(args))
     state = model_state(monkeypatch, vllm, align, drafts, recovers)
     batch = batch_of([3], [15], [1])
-    state.preprocess_state(batch, (), None)
+    state.preprocess_state(batch)
     state.postprocess_state("rows", 1)
     assert before == [batch]
     assert after == ([("rows", 1)] if takes_back else [])

@@ -48,19 +48,36 @@ class BambaModelState(MambaHybridModelState):
         self.takes_back = vllm_config.num_speculative_tokens > 0 or self.recoverssm is not None
         ways = {mixer.prefix: mixer.mixing for mixer in model.modules() if isinstance(mixer, BambaMixer)}
         self.anchored = {name: way for name, way in ways.items() if isinstance(way, FusedMixing) and way.form.anchored}
-        self._slots: LayerSlots | None = None
+        self.slots: LayerSlots | None = None
 
-    def preprocess_state(self, input_batch: Any, block_tables: Any, kv_cache_config: Any, *args: Any) -> None:
+    def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
+        """As vLLM's, and note where anchored slots are."""
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        if not self.anchored:
+            return
+        from vllm_bamba.ops.slot_state import LayerSlots
+
+        groups = enumerate(kv_cache_config.kv_cache_groups)
+        group_of = {name: i for i, group in groups for name in group.layer_names if name in self.anchored}
+        ways, used = [self.anchored[name] for name in group_of], sorted(set(group_of.values()))
+        self.slots = LayerSlots.of(
+            [way.slots for way in ways],
+            [way.mixer.A for way in ways],
+            [used.index(group) for group in group_of.values()],
+            [block_tables.input_block_tables[group] for group in used],
+        )
+
+    def preprocess_state(self, input_batch: Any, *args: Any) -> None:
         """Have states in the blocks in which this step writes them."""
         if self._align_mode and not self.takes_back:
             moved = self.moved(input_batch)
             if not len(moved):
                 return
-            if self.anchored:
-                self._fold(input_batch, moved, block_tables, kv_cache_config)
+            if self.slots is not None:
+                self._fold(self.slots, input_batch, moved)
                 return
             input_batch = self.moves(input_batch, moved)
-        super().preprocess_state(input_batch, block_tables, kv_cache_config, *args)
+        super().preprocess_state(input_batch, *args)
 
     def postprocess_state(self, *args: Any) -> None:
         """Have rejected tokens taken back."""
@@ -83,27 +100,14 @@ class BambaModelState(MambaHybridModelState):
 
         return Moves(len(moved), like(input_batch.idx_mapping, rows), like(input_batch.query_start_loc, starts))
 
-    def _fold(self, input_batch: Any, moved: np.ndarray, block_tables: Any, kv_cache_config: Any) -> None:
+    def _fold(self, slots: LayerSlots, input_batch: Any, moved: np.ndarray) -> None:
         """Have their states in the new slots, with rings folded; a request that only begins has none."""
-        from vllm_bamba.ops.slot_state import LayerSlots, move_slots
+        from vllm_bamba.ops.slot_state import move_slots
 
         before = input_batch.num_computed_tokens_np[moved]
         moved, before = moved[before > 0], before[before > 0]
         if not len(moved):
             return
-        if self._slots is None:
-            groups = kv_cache_config.kv_cache_groups
-            group_of = {
-                name: i for i, group in enumerate(groups) for name in group.layer_names if name in self.anchored
-            }
-            used = sorted(set(group_of.values()))
-            ways = [self.anchored[name] for name in group_of]
-            self._slots = LayerSlots.of(
-                [way.slots for way in ways],
-                [way.mixer.A for way in ways],
-                [used.index(group) for group in group_of.values()],
-                [block_tables[group] for group in used],
-            )
         block, after = self.cache_config.mamba_block_size, before + input_batch.num_scheduled_tokens[moved]
         moves = np.stack([moved, before, (before - 1) // block, (after - 1) // block], 1)
-        move_slots(self._slots, async_tensor_h2d(moves, dtype=torch.int32, device=self.device))
+        move_slots(slots, async_tensor_h2d(moves, dtype=torch.int32, device=self.device))

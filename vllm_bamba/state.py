@@ -284,7 +284,8 @@ class SlotFormat:
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """One slot as vLLM sees it: the convolution's inputs, then the bytes of all the rest.
 
-        vLLM copies the two when it moves a sequence to another slot; what is in the bytes is nobody's business.
+        vLLM copies the two when it moves a sequence to another slot, if that is not anchored; what is in the bytes is
+        nobody's business.
         """
         (conv, _), *rest = self.tensors().values()
         return conv, (sum(_bytes(shape, dtype) for shape, dtype in rest),)

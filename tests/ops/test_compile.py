@@ -19,7 +19,7 @@ from vllm_bamba.ops.skinny_linear.tuning import TUNED as PRODUCTS_TUNED
 SHAPE = {"HEADS": 128, "HEAD_DIM": 64, "GROUPS": 1, "STATE": 128, "WIDTH": 4, "BIAS": True}
 FP32 = {"a_ptr", "scale", "ring_dt", "states", "factors"}
 INT32 = {"slots", "lengths", "query_start_loc", "moves", "groups", "anchor"}
-INT64 = {"tables", "offsets"}
+INT64 = {"tables", "offsets", "decays"}
 UNALIGNED = {
     "slots",
     "lengths",

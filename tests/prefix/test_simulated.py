@@ -167,7 +167,8 @@ def assert_consistent(engine: Simulator) -> None:
     assert slots.plans == slots.prefilled == {}
     assert slots._withdrawn == set()
     managers = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
-    assert [m._last_block for m in managers if isinstance(m, BambaStateManager)] == [{}] * engine.geometry.mamba_groups
+    of_states = [m for m in managers if isinstance(m, BambaStateManager)]
+    assert [(m._last_block, m._stays) for m in of_states] == [({}, set())] * engine.geometry.mamba_groups
     for key, states in slots._states.items():
         assert len(states) == engine.geometry.mamba_groups
         assert all(block.block_hash is not None for block in states + slots._texts[key])
@@ -237,6 +238,26 @@ def test_random_traffic_never_builds_on_another_text(seed: int, asynchronous: bo
     engine = drive(seed, asynchronous=asynchronous, anchored=anchored)
     assert engine.wrong == []
     assert_consistent(engine)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("options", [{"unit": 8}, {"retention": None}], ids=["units of 8", "all states retained"])
+@pytest.mark.parametrize("seed", range(6, 9))
+def test_random_traffic_in_other_units_never_builds_on_another_text(
+    seed: int, options: dict[str, object], asynchronous: bool
+) -> None:
+    engine = drive(seed, asynchronous=asynchronous, anchored=True, **options)
+    assert engine.wrong == []
+    assert_consistent(engine)
+
+
+@pytest.mark.parametrize("tokens", [8, 12])
+def test_the_state_of_a_prompt_is_not_taken_for_that_of_its_answer(tokens: int) -> None:
+    """vLLM tells its managers where prefills end for a retention interval of 0 only."""
+    engine = Simulator(anchored=True, retention=None)
+    seen = engine.ask(text(1, 101), answer=tokens)
+    assert engine.ask(seen.prompt + seen.answer + text(2, 40)).hit == 96 + 16 * (tokens == 12)
+    assert engine.wrong == []
 
 
 @pytest.mark.parametrize(("unit", "anchored"), [(16, False), (32, False), (16, True)])

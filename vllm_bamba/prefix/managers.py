@@ -47,8 +47,8 @@ class BambaStateManager(MambaManager):
     The block at a position then holds the state after exactly that many tokens, and no later step writes to it.
 
     Anchored slots (`state.SlotFormat`) have a third way: an answer goes on in one and the same block, which moves from
-    column to column of the request's table, and still has the state at the last unit when the answer ends. It is keyed
-    then.
+    column to column of the request's table. When the answer ends the block still has the state at the last unit, and is
+    keyed; a step that is in flight then does not change that.
     """
 
     def __init__(self, kv_cache_spec: Any, block_pool: BlockPool, **kwargs: Any):
@@ -56,7 +56,7 @@ class BambaStateManager(MambaManager):
         self.slots = Slots.of(block_pool)
         self.slots.states.append(self)
         self._last_block: dict[str, int] = {}  # of each request, the block of its last token that is done
-        self._stays: set[str] = set()  # requests that go on in their block in the step that is being scheduled
+        self._stays: set[str] = set()  # requests that will go on in their block if all groups get what they need
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
@@ -80,11 +80,7 @@ class BambaStateManager(MambaManager):
         prefill_end: int = 0,
     ) -> int:
         self._stays.discard(request_id)
-        if request_id not in self._allocated_block_reqs:
-            self.slots.prefilled[request_id] = prefill_end
         blocks = self.req_to_blocks[request_id]
-        if num_tokens_main_model > len(blocks) * self.block_size:
-            self.slots.passing.add(request_id)
         passes = num_tokens_main_model - 1 == total_computed_tokens == len(blocks) * self.block_size
         answers = total_computed_tokens > self.slots.prefilled[request_id]
         if self.slots.anchored and passes and answers and self.block_pool.is_block_writable(blocks[-1]):
@@ -103,7 +99,11 @@ class BambaStateManager(MambaManager):
 
     def allocate_new_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
         if request_id not in self._stays:
-            return super().allocate_new_blocks(request_id, *args, **kwargs)
+            allocated = super().allocate_new_blocks(request_id, *args, **kwargs)
+            if allocated:
+                self.slots.appended.add(request_id)
+            return allocated
+        self._stays.remove(request_id)
         blocks = self.req_to_blocks[request_id]
         blocks.append(blocks[-1])
         blocks[-2] = self._null_block
@@ -118,6 +118,7 @@ class BambaStateManager(MambaManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._last_block.pop(request_id, None)
+        self._stays.discard(request_id)
         return super().pop_blocks_for_free(request_id)
 
     def leave(self, request: Request, unit: int) -> None:

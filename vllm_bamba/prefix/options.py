@@ -8,7 +8,7 @@ Options of the engine, in vLLM's `additional_config` (`--additional-config '{"ba
 | `bamba_prefix_share` | 0.75 | the largest part of the cache that slots may take; requests that run come first anyway |
 
 vLLM's `--prefix-match-unit` sets the distance of slots in tokens, 16 by default. The states of answers are copied once
-per unit, but not by the fused step if a unit is not longer than `bamba_replay`.
+per unit, but not those of the fused step on Model Runner V2 if a unit is not longer than `bamba_replay`.
 
 Option of a request, in `SamplingParams(extra_args=...)`, over HTTP in `"vllm_xargs"`:
 

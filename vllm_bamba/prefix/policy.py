@@ -8,7 +8,7 @@ The rule, in full:
 - The state at a prompt's end is kept in passing (`inner_position`), if there is memory for two states in one step; at
   other positions a prefill stops, which costs a step. So a position where prompts part gets a slot only if that saves
   `LEAST_GAIN` tokens.
-- A running answer keeps one slot, at its newest boundary.
+- A running answer keeps one slot, at its newest boundary; an anchored one (`state.SlotFormat`) when it ends.
 - A slot counts as of use once a request has started from it; where two prompts part, or the request says that others
   share its text, from the beginning. The end of a system message must prove itself: each chat may have its own.
 - A slot that was never of use goes before any that was; among equals the one of least value goes, which is

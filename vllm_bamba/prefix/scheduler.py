@@ -50,7 +50,10 @@ class PrefixAware(Sparing):
         Unlike vLLM's it need not end on a block's last token: `BambaStateManager` keys what does and nothing else.
         """
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
-        if start >= max(request.num_prompt_tokens, request.num_tokens - 1):
+        prefilled = max(request.num_prompt_tokens, request.num_tokens - 1)
+        if request.num_computed_tokens == 0:
+            self.slots.prefilled[request.request_id] = prefilled
+        if start >= prefilled:
             return num_new_tokens
         if not self.slots.takes_prefill(request.request_id):
             return 0

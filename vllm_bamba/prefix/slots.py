@@ -30,7 +30,7 @@ class Slots:
         self.states: list[BambaStateManager] = []
         self.anchored = False  # as `state.SlotFormat` has it
         self.prefilled: dict[str, int] = {}  # of each request, tokens up to which it is prefilled, or one less
-        self.passing: set[str] = set()  # requests that pass the end of a state's block in this step
+        self.appended: set[str] = set()  # requests whose states got a block in this step, which only it will fill
         self.attention: BambaAttentionManager | None = None
         self.table = SlotTable(0)
         self.plans: dict[str, dict[int, Kind]] = {}
@@ -66,7 +66,7 @@ class Slots:
 
     def new_step(self) -> None:
         self._step.clear()
-        self.passing.clear()
+        self.appended.clear()
         self._prefills.clear()
         self._inner.clear()
         self._decided.clear()
@@ -127,9 +127,11 @@ class Slots:
         return unit if self.anchored and answers and request_id not in self._withdrawn else 0
 
     def leave(self, request: Request, unit: int) -> None:
-        """The request is about to give back all its blocks: have its state at that unit found."""
-        for manager in self.states:
-            manager.leave(request, unit)
+        """The request is about to give back all its blocks: have its state at that unit found, if its text can be."""
+        assert self.attention is not None
+        if all(block.block_hash is not None for block in self.attention.blocks_of(request.request_id, unit)):
+            for manager in self.states:
+                manager.leave(request, unit)
 
     def withdraw(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
         """Take back what a request was scheduled to compute in this step, which it will not do.
@@ -139,7 +141,7 @@ class Slots:
             blocks: attention blocks that got keys for it in this step.
         """
         self._inner.pop(request_id, None)
-        if request_id in self.passing:
+        if request_id in self.appended:
             self._withdrawn.add(request_id)
         for key in self._step.pop(request_id, ()):
             if key in self.table:

@@ -21,7 +21,7 @@ class LayerSlots:
     Attributes:
         first: the first layer's; the others' have the same strides.
         offsets: int64 [layers], how far each layer's lie behind them, in 16 bytes.
-        A: fp32 [layers, heads].
+        A: int64 [layers], addresses of each layer's decays, fp32 [heads].
         groups: int32 [layers], the layer's group: layers of one share slots' numbers.
         tables: int64 [groups], addresses of the groups' tables of slots, int32 [rows, columns].
         tables_stride: from row to row of a table.
@@ -56,7 +56,7 @@ class LayerSlots:
         return cls(
             first=first,
             offsets=torch.tensor([found.pop() for found in offsets], device=device),
-            A=torch.stack(list(A)),
+            A=torch.tensor([of_layer.data_ptr() for of_layer in A], device=device),
             groups=torch.tensor(groups, dtype=torch.int32, device=device),
             tables=torch.tensor([table.data_ptr() for table in tables], device=device),
             tables_stride=tables[0].stride(0),

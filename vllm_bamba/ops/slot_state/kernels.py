@@ -96,7 +96,7 @@ def of_layer(tensor, offset):
 
 @of_any_batch
 def move_kernel(
-    moves, tables, groups, offsets, a_ptr,
+    moves, tables, groups, offsets, decays,
     conv, ssm, scale, ring_x, ring_b, ring_dt, anchor_conv, anchor, tables_stride,
     conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride, anchor_conv_stride,
     anchor_stride, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr,
@@ -146,7 +146,7 @@ def move_kernel(
         if QUANTISED:
             tl.store(new_scale + rows, tl.load(old_scale + rows))
     else:
-        a = tl.load(a_ptr + layer * HEADS + head)
+        a = tl.load(tl.load(decays + layer).to(tl.pointer_type(tl.float32)) + head)
         ring_x = of_layer(ring_x, offset) + there * ring_x_stride + head * REPLAY * HEAD_DIM
         ring_b = of_layer(ring_b, offset) + there * ring_b_stride + head // (HEADS // GROUPS) * STATE
         old_dt = ring_dt + there * ring_dt_stride

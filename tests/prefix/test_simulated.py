@@ -3,6 +3,7 @@
 import pathlib
 import random
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -267,7 +268,7 @@ def test_groups_need_not_be_asked_where_nothing_is_due(
     seed: int, asynchronous: bool, unit: int, anchored: bool, monkeypatch
 ) -> None:
     asked_where_due = drive(seed, asynchronous=asynchronous, unit=unit, anchored=anchored)
-    monkeypatch.setattr(scheduler, "OnlyWhereDue", lambda manager: None)
+    monkeypatch.setattr(scheduler, "OnlyWhereDue", lambda manager: SimpleNamespace())
     asked_always = drive(seed, asynchronous=asynchronous, unit=unit, anchored=anchored)
     assert asked_where_due.seen == asked_always.seen
     assert asked_where_due.worker.tables == asked_always.worker.tables

@@ -80,10 +80,7 @@ class BambaStateManager(MambaManager):
         prefill_end: int = 0,
     ) -> int:
         self._stays.discard(request_id)
-        blocks = self.req_to_blocks[request_id]
-        passes = num_tokens_main_model - 1 == total_computed_tokens == len(blocks) * self.block_size
-        answers = total_computed_tokens > self.slots.prefilled[request_id]
-        if self.slots.anchored and passes and answers and self.block_pool.is_block_writable(blocks[-1]):
+        if num_tokens_main_model - 1 == total_computed_tokens and self.stays(request_id, total_computed_tokens):
             self._stays.add(request_id)
             return 0
         return super().get_num_blocks_to_allocate(
@@ -104,6 +101,20 @@ class BambaStateManager(MambaManager):
                 self.slots.appended.add(request_id)
             return allocated
         self._stays.remove(request_id)
+        return self.go_on(request_id)
+
+    def stays(self, request_id: str, tokens: int) -> bool:
+        """Whether an anchored answer that has so many tokens passes the end of its block, and can go on in it."""
+        blocks = self.req_to_blocks[request_id]
+        return (
+            self.slots.anchored
+            and tokens == len(blocks) * self.block_size
+            and tokens > self.slots.prefilled[request_id]
+            and self.block_pool.is_block_writable(blocks[-1])
+        )
+
+    def go_on(self, request_id: str) -> list[KVCacheBlock]:
+        """Have it do so; returns the block, which stands in another column of the request's table now."""
         blocks = self.req_to_blocks[request_id]
         blocks.append(blocks[-1])
         blocks[-2] = self._null_block
@@ -111,10 +122,12 @@ class BambaStateManager(MambaManager):
 
     def remove_skipped_blocks(self, request_id: str, processed_computed_tokens: int, *args: Any, **kwargs: Any) -> None:
         """As vLLM's, which finds nothing more to give back until that token stands in another block."""
-        last = (processed_computed_tokens - 1) // self.block_size
-        if last != self._last_block.get(request_id):
+        last, before = (processed_computed_tokens - 1) // self.block_size, self._last_block.get(request_id)
+        if last != before:
             self._last_block[request_id] = last
-            super().remove_skipped_blocks(request_id, processed_computed_tokens, *args, **kwargs)
+            blocks = self.req_to_blocks[request_id]
+            if before is None or not all(block.is_null for block in blocks[before:last]):
+                super().remove_skipped_blocks(request_id, processed_computed_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._last_block.pop(request_id, None)
@@ -216,6 +229,10 @@ class BambaAttentionManager(FullAttentionManager):
         if positions:
             self._step[request.request_id].append(block)
 
+    def go_on(self, request_id: str) -> list[KVCacheBlock]:
+        """Blocks for another token in the last block."""
+        return []
+
     def keyed_in_this_step(self, request_id: str) -> list[KVCacheBlock]:
         return self._step.get(request_id, [])
 
@@ -250,6 +267,7 @@ class OnlyWhereDue:
 
     def __init__(self, manager: KVCacheManager):
         self.manager = manager
+        self.slots: Slots | None = None
         longest = manager.max_model_len
         self.grain = gcd(*(size for size in manager.coordinator.group_block_sizes if size < longest)) or longest
         self._places: WeakKeyDictionary[Request, Place] = WeakKeyDictionary()
@@ -268,16 +286,25 @@ class OnlyWhereDue:
         grain = self.grain
         place = Place(request.num_preemptions, (end - 1) // grain, known // grain, (done - 1) // grain)
         before = self._places.get(request)
-        if before is None or before[:3] != place[:3]:
-            blocks = self._allocate(request, num_new_tokens, num_new_computed_tokens, **more)
-            if blocks is None:
-                return None
-        else:
+        if before is not None and before[:3] == place[:3]:
             blocks = self.manager.empty_kv_cache_blocks
             if before.freed != place.freed:
                 self.manager.remove_skipped_blocks(request.request_id, done, request.num_prompt_tokens)
+        elif before is not None and before.life == place.life and num_new_tokens == 1 and self._stays(request, start):
+            self.manager.remove_skipped_blocks(request.request_id, done, request.num_prompt_tokens)
+            managers: Any = self.manager.coordinator.single_type_managers
+            blocks = self.manager.create_kv_cache_blocks(tuple(m.go_on(request.request_id) for m in managers))
+            self._cache(request, known)
+        else:
+            given = self._allocate(request, num_new_tokens, num_new_computed_tokens, **more)
+            if given is None:
+                return None
+            blocks = given
         self._places[request] = place
         return blocks
+
+    def _stays(self, request: Request, tokens: int) -> bool:
+        return self.slots is not None and self.slots.stays(request.request_id, tokens)
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         place = self._places.get(request)

@@ -21,7 +21,7 @@ class Sparing(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        OnlyWhereDue(self.kv_cache_manager)
+        self.due = OnlyWhereDue(self.kv_cache_manager)
 
 
 class SparingAsync(Sparing, AsyncScheduler):
@@ -33,7 +33,7 @@ class PrefixAware(Sparing):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.slots = Slots.of(self.kv_cache_manager.block_pool)
+        self.slots = self.due.slots = Slots.of(self.kv_cache_manager.block_pool)
         self.slots.limit(SlotOptions.of(self.vllm_config).share)
         form = slot_format(self.vllm_config, BambaShape.from_hf(self.vllm_config.model_config.hf_config))
         self.slots.anchored = form is not None and form.anchored

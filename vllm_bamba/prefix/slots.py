@@ -119,6 +119,13 @@ class Slots:
             of_request.pop(request_id, None)
         self._withdrawn.discard(request_id)
 
+    def stays(self, request_id: str, tokens: int) -> bool:
+        """Whether an anchored answer of so many tokens passes the end of its unit and needs no block for the next."""
+        attention = self.attention
+        assert attention is not None
+        fits = tokens % attention.block_size > 0
+        return fits and all(manager.stays(request_id, tokens) for manager in self.states)
+
     def unit_left(self, request: Request) -> int:
         """Tokens of the last unit of an anchored answer, which others may go on from when it ends; 0: there is none."""
         request_id, size = request.request_id, self.states[0].block_size

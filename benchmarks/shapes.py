@@ -145,7 +145,9 @@ def write_model(folder: pathlib.Path, model: str, source: str | pathlib.Path) ->
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """One word a token, so that a prompt of n words has n tokens for every model and nothing is lost in decoding."""
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
+    # vLLM takes texts of up to so many characters a token as the longest word has, and does not count spaces
+    words = {f"w{i:0{15 if i == 0 else 1}}": i for i in range(vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=next(iter(words))))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 

@@ -374,6 +374,14 @@ def test_kernels_of_a_step_are_what_a_longer_profile_has_more(tmp_path, capsys):
         variants.kernel_milliseconds(tmp_path)
 
 
+def test_prompts_of_long_words_are_not_too_long_for_vllm():
+    """It refuses a text of more characters than its tokens times the longest word's."""
+    tokenizer = shapes.word_tokenizer(128_256)
+    text = tokenizer.decode([128_255] * 100)
+    assert tokenizer(text)["input_ids"] == [128_255] * 100
+    assert len(text) <= 100 * max(map(len, tokenizer.get_vocab()))
+
+
 def test_bytes_of_the_9b_shape():
     """9,780,235,392 parameters; 62 MB of bf16 state and 12 KB of KV a sequence and token."""
     moved = shapes.bytes_moved(shapes.bamba_config("9b"), torch.bfloat16, torch.bfloat16)

@@ -28,10 +28,10 @@ operator `vllm::mamba_mixer2`
 `ForwardContext.cudagraph_runtime_mode`, `update_block_table`, `nums_dict` of `causal_conv1d_fn`'s metadata
     Short prefills are graphs of each mixer, captured when vLLM captures its piecewise ones and described at addresses
     that stay: see `prefill_graphs.py`. Goes when vLLM's own graphs of prefills take mixers in.
-`get_model_state_cls`, `MambaHybridModelState.preprocess_state`, `.postprocess_state`, `num_computed_tokens_np` of V2's
-batch
-    Model Runner V2 moves only states that go on in another block: see `model_state.py`. Run in 0.33 with slots; the CPU
-    engine has V1 alone. Goes when vLLM's kernels are launched for those states alone.
+`get_model_state_cls`, `MambaHybridModelState.initialize_kv_cache`, `.preprocess_state`, `.postprocess_state`,
+`num_computed_tokens_np` of V2's batch, `input_block_tables`
+    Model Runner V2 moves only states that go on in another block: see `model_state.py`. Run in 0.33; the CPU engine has
+    V1 alone. Goes when vLLM's kernels are launched for those states alone.
 `vllm.model_executor.layers.mamba.ops`
     The operators underneath ours. Goes operator by operator, as each gets a kernel of its own.
 `configs`, `cache` and `cache_results` of its autotuned scan kernels (Triton 3.6 and 3.9)
@@ -58,9 +58,10 @@ the same, and `MambaManager.cache_blocks`
     vLLM cuts copies of shared attention blocks short: see below.
 `Scheduler._preempt_request`, `._free_request_blocks`, `.reset_prefix_cache`
     Steps that are not run, requests that end, caches that are emptied. Goes with the slots.
-`MambaManager.get_num_blocks_to_allocate`, `.allocate_new_blocks`, `._allocated_block_reqs`,
-`BlockPool.is_block_writable`
-    An answer of anchored slots stays in its block. Goes when vLLM lets a state's block serve for more than one column.
+`MambaManager.get_num_blocks_to_allocate`, `.allocate_new_blocks`, `BlockPool.is_block_writable`,
+`KVCacheManager.create_kv_cache_blocks`
+    An answer of anchored slots stays in its block; in 0.32 only simulated, since those need V2. Goes when vLLM lets a
+    state's block serve for more than one column.
 `KVCacheManager.allocate_slots`, `.cache_blocks`, `.remove_skipped_blocks`, `.max_model_len`, its coordinator's
 `group_block_sizes`, `Request.num_in_flight_tokens`, `.num_preemptions`
     Groups are asked only when they have something to do. Goes when vLLM does not ask each of them for each token.

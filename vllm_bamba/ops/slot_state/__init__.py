@@ -132,11 +132,11 @@ def write_slots(
 
 
 def move_slots(layers: LayerSlots, moves: torch.Tensor) -> None:
-    """Have sequences go on in other slots, or in the same, in all layers, with their rings folded and anchors set.
+    """Have sequences go on in other slots, or in the same, in all layers: rings are folded and anchors set.
 
-    A slot that is left, and whose sequence has not gone on in it since its anchor, or has by no more than a ring, still
-    has what its sequence had at the anchor: that is what is taken from it for as many tokens. Where there is nothing to
-    fold, a state is copied bit by bit.
+    A slot in which a sequence has ended serves others, too. To those that have as many tokens as its anchor says it
+    gives the checkpoint alone, to those that have more what is in the ring as well. Where there is nothing to fold, a
+    state is copied bit by bit.
 
     Args:
         layers: whose slots are anchored.

@@ -59,7 +59,7 @@ the same, and `MambaManager.cache_blocks`
 `Scheduler._preempt_request`, `._free_request_blocks`, `.reset_prefix_cache`
     Steps that are not run, requests that end, caches that are emptied. Goes with the slots.
 `MambaManager.get_num_blocks_to_allocate`, `.allocate_new_blocks`, `BlockPool.is_block_writable`,
-`KVCacheManager.create_kv_cache_blocks`
+`KVCacheManager.create_kv_cache_blocks`, `.empty_kv_cache_blocks`, its coordinator's `single_type_managers`
     An answer of anchored slots stays in its block; in 0.32 only simulated, since those need V2. Goes when vLLM lets a
     state's block serve for more than one column.
 `KVCacheManager.allocate_slots`, `.cache_blocks`, `.remove_skipped_blocks`, `.max_model_len`, its coordinator's

@@ -86,6 +86,21 @@ def test_an_anchored_answer_takes_one_block_and_is_found_at_its_last_unit(tokens
     assert engine.wrong == []
 
 
+@anchored_or_not
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_answer_holds_no_block_that_it_does_not_need(asynchronous: bool, anchored: bool) -> None:
+    engine = Simulator(asynchronous=asynchronous, anchored=anchored)
+    pool, groups = engine.scheduler.kv_cache_manager.block_pool, engine.geometry.mamba_groups
+    engine.add(text(1, 1000), answer=300)
+    held = []
+    for _ in range(300):
+        engine.step()
+        held.append(engine.geometry.blocks - 1 - pool.get_num_free_blocks())
+    # copied: a state and the one before it, which a step in flight may read
+    assert max(held[3:]) <= (1 if anchored else 2) * groups + 3
+    engine.finish()
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_prompt_is_still_found_when_an_answer_has_gone_on_from_it(asynchronous: bool) -> None:
     engine = Simulator(asynchronous=asynchronous, anchored=True)
@@ -169,7 +184,7 @@ def assert_consistent(engine: Simulator) -> None:
     assert slots._withdrawn == set()
     managers = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
     of_states = [m for m in managers if isinstance(m, BambaStateManager)]
-    assert [(m._last_block, m._stays) for m in of_states] == [({}, set())] * engine.geometry.mamba_groups
+    assert [(m._last_block, m._going_on) for m in of_states] == [({}, set())] * engine.geometry.mamba_groups
     for key, states in slots._states.items():
         assert len(states) == engine.geometry.mamba_groups
         assert all(block.block_hash is not None for block in states + slots._texts[key])

@@ -6,8 +6,12 @@ import pathlib
 import pytest
 import torch
 from parity import Engine, Reference, assert_same, check_low_precision, random_prompts, save_random
+from vllm.v1.worker import mamba_utils
 
+from vllm_bamba import step_options
+from vllm_bamba.mixer import BambaMixer
 from vllm_bamba.ops.mixer_step import tuning
+from vllm_bamba.prefix.options import active
 from vllm_bamba.state import EIGHT_BITS
 
 FUSED = {"bamba_fused_step": True, "bamba_replay": 8}
@@ -20,6 +24,36 @@ def both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rows and more are replayed, fewer written every step: a batch that drains does both."""
     ways = (tuning.Launch(replays, num_warps=4) for replays in (False, True))
     monkeypatch.setattr(tuning, "DEFAULT", tuning.Tuning(tuple(zip((2, 1000), ways, strict=True))))
+
+
+@pytest.fixture
+def anchored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots as with Model Runner V2, which there is for GPUs alone: states are moved by us, not copied by V1."""
+
+    def move(output, layout, cache, columns, batch, requests, layers, *args, **kwargs):
+        from vllm_bamba.ops.slot_state import LayerSlots, move_slots
+
+        block, moves = cache.mamba_block_size, []
+        groups = [(i, [layers[name] for name in g.layer_names]) for i, g in enumerate(layout.kv_cache_groups)]
+        groups = [(i, members) for i, members in groups if isinstance(members[0], BambaMixer)]
+        tables = [[] for _ in groups]
+        for name in batch.req_ids:
+            before = requests[name].num_computed_tokens
+            old, new = (before - 1) // block, (before + output.num_scheduled_tokens[name] - 1) // block
+            if before and old != new:
+                moves.append([len(moves), before, 0, 1])
+                for table, (i, _) in zip(tables, groups, strict=True):
+                    blocks = requests[name].block_ids[i]
+                    table.append([blocks[old], blocks[new]])
+        if moves:
+            mixers = [(mixer, i) for i, (_, members) in enumerate(groups) for mixer in members]
+            slots, A = [m.mixing.slots for m, _ in mixers], [m.A for m, _ in mixers]
+            tables = [torch.tensor(table, dtype=torch.int32) for table in tables]
+            of_layers = LayerSlots.of(slots, A, [group for _, group in mixers], tables)
+            move_slots(of_layers, torch.tensor(moves, dtype=torch.int32))
+
+    monkeypatch.setattr(mamba_utils, "preprocess_mamba", move)
+    monkeypatch.setattr(step_options, "anchors_slots", lambda config, replay: active(config))
 
 
 @pytest.mark.parametrize(
@@ -66,6 +100,25 @@ def test_states_in_the_prefix_cache_carry_their_rings(tmp_path, both_ways):
         expected = engine.answers(turns, 5, prompt_logprobs=False)
     assert_same(again, expected)
     assert_same(resent, expected)
+
+
+def test_anchored_slots_have_what_a_sequence_had_at_its_last_unit(tmp_path, both_ways, anchored):
+    """Answers that end on a unit and behind one, alone (written every step) and together (replayed)."""
+    path = save_random(tmp_path, **SMALL)
+    more = random_prompts([21])[0]
+    with Engine(path, additional_config=FUSED | {"bamba_replay": 16}) as engine:
+        assert engine.scheduler.slots.anchored
+        answers = engine.answers(random_prompts([50, 9, 40]), [30, 24, 25], prompt_logprobs=False)
+        answers += engine.answers(random_prompts([33], seed=1), 20, prompt_logprobs=False)
+        turns = [answer.prompt + answer.generated + more for answer in answers]
+        outputs = engine.llm.generate([{"prompt_token_ids": turn} for turn in turns], use_tqdm=False)
+        ends = [len(answer.prompt) + len(answer.generated) - 1 for answer in answers]  # nobody computes the last token
+        assert [o.num_cached_tokens for o in outputs] == [end // 16 * 16 for end in ends]
+        assert 0 in [end % 16 for end in ends]
+        again = engine.answers([turn[: end + 5] for turn, end in zip(turns, ends, strict=True)], 20)
+    reference = Reference(path)
+    for answer in answers + again:
+        reference.check(answer)
 
 
 @pytest.mark.parametrize("dtype", EIGHT_BITS)

@@ -56,7 +56,7 @@ class BambaStateManager(MambaManager):
         self.slots = Slots.of(block_pool)
         self.slots.states.append(self)
         self._last_block: dict[str, int] = {}  # of each request, the block of its last token that is done
-        self._stays: set[str] = set()  # requests that will go on in their block if all groups get what they need
+        self._going_on: set[str] = set()  # requests that stay in their block if all groups get what they need
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
@@ -79,9 +79,9 @@ class BambaStateManager(MambaManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        self._stays.discard(request_id)
+        self._going_on.discard(request_id)
         if num_tokens_main_model - 1 == total_computed_tokens and self.stays(request_id, total_computed_tokens):
-            self._stays.add(request_id)
+            self._going_on.add(request_id)
             return 0
         return super().get_num_blocks_to_allocate(
             request_id,
@@ -95,12 +95,12 @@ class BambaStateManager(MambaManager):
         )
 
     def allocate_new_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
-        if request_id not in self._stays:
+        if request_id not in self._going_on:
             allocated = super().allocate_new_blocks(request_id, *args, **kwargs)
             if allocated:
                 self.slots.appended.add(request_id)
             return allocated
-        self._stays.remove(request_id)
+        self._going_on.remove(request_id)
         return self.go_on(request_id)
 
     def stays(self, request_id: str, tokens: int) -> bool:
@@ -121,17 +121,18 @@ class BambaStateManager(MambaManager):
         return blocks[-1:]
 
     def remove_skipped_blocks(self, request_id: str, processed_computed_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's, which finds nothing more to give back until that token stands in another block."""
-        last, before = (processed_computed_tokens - 1) // self.block_size, self._last_block.get(request_id)
-        if last != before:
-            self._last_block[request_id] = last
-            blocks = self.req_to_blocks[request_id]
-            if before is None or not all(block.is_null for block in blocks[before:last]):
-                super().remove_skipped_blocks(request_id, processed_computed_tokens, *args, **kwargs)
+        """As vLLM's, where a block may have to be given back: those before that of the last token that is done.
+
+        Before the block of the last call there are none any more.
+        """
+        last, before = (processed_computed_tokens - 1) // self.block_size, self._last_block.get(request_id, 0)
+        self._last_block[request_id] = max(last, before)
+        if not all(block.is_null for block in self.req_to_blocks[request_id][before : max(last, 0)]):
+            super().remove_skipped_blocks(request_id, processed_computed_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._last_block.pop(request_id, None)
-        self._stays.discard(request_id)
+        self._going_on.discard(request_id)
         return super().pop_blocks_for_free(request_id)
 
     def leave(self, request: Request, unit: int) -> None:
@@ -230,7 +231,7 @@ class BambaAttentionManager(FullAttentionManager):
             self._step[request.request_id].append(block)
 
     def go_on(self, request_id: str) -> list[KVCacheBlock]:
-        """Blocks for another token in the last block."""
+        """None: the next token has room in the last block."""
         return []
 
     def keyed_in_this_step(self, request_id: str) -> list[KVCacheBlock]:
@@ -262,7 +263,8 @@ class OnlyWhereDue:
 
     vLLM asks every group, for every token, what to allocate, what to give back and what to key. The answer is
     "nothing" until the request passes a multiple of `grain` tokens: with slots, an answer does in one or two steps of
-    sixteen, and without caching in one or two of hundreds.
+    sixteen, and without caching in one or two of hundreds. An anchored answer that stays in its blocks passes such a
+    multiple without all that.
     """
 
     def __init__(self, manager: KVCacheManager):
@@ -290,7 +292,9 @@ class OnlyWhereDue:
             blocks = self.manager.empty_kv_cache_blocks
             if before.freed != place.freed:
                 self.manager.remove_skipped_blocks(request.request_id, done, request.num_prompt_tokens)
-        elif before is not None and before.life == place.life and num_new_tokens == 1 and self._stays(request, start):
+        elif (
+            before is not None and before.life == place.life and num_new_tokens == 1 and self._can_stay(request, start)
+        ):
             self.manager.remove_skipped_blocks(request.request_id, done, request.num_prompt_tokens)
             managers: Any = self.manager.coordinator.single_type_managers
             blocks = self.manager.create_kv_cache_blocks(tuple(m.go_on(request.request_id) for m in managers))
@@ -303,7 +307,7 @@ class OnlyWhereDue:
         self._places[request] = place
         return blocks
 
-    def _stays(self, request: Request, tokens: int) -> bool:
+    def _can_stay(self, request: Request, tokens: int) -> bool:
         return self.slots is not None and self.slots.stays(request.request_id, tokens)
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:

@@ -51,7 +51,7 @@ class PrefixAware(Sparing):
         """
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
         prefilled = max(request.num_prompt_tokens, request.num_tokens - 1)
-        if request.num_computed_tokens == 0:
+        if request.num_computed_tokens == 0 or start < prefilled:
             self.slots.prefilled[request.request_id] = prefilled
         if start >= prefilled:
             return num_new_tokens

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 import torch
-from parity import Engine, Reference, assert_same, check_low_precision, random_prompts, save_random
+from parity import Engine, Reference, assert_same, check_low_precision, greedy, random_prompts, save_random
 from vllm.v1.worker import mamba_utils
 
 from vllm_bamba import step_options
@@ -89,11 +89,11 @@ def test_states_in_the_prefix_cache_carry_their_rings(tmp_path, both_ways):
     with Engine(path, additional_config=FUSED) as engine:
         answers = engine.answers([first, third, fourth], 30, prompt_logprobs=False)  # three rows: replayed
         turns = [answer.prompt + answer.generated + second for answer in answers]
-        outputs = engine.llm.generate([{"prompt_token_ids": turn} for turn in turns[:1]], use_tqdm=False)
+        outputs = engine.llm.generate([{"prompt_token_ids": turns[0]}], greedy(1, False), use_tqdm=False)
         assert outputs[0].num_cached_tokens == (len(first) + 29) // 16 * 16  # the last token was never computed
         again = engine.answers(turns, 5, prompt_logprobs=False)
         # from the states that were kept inside of the prefills of these
-        outputs = engine.llm.generate([{"prompt_token_ids": turn} for turn in turns], use_tqdm=False)
+        outputs = engine.llm.generate([{"prompt_token_ids": turn} for turn in turns], greedy(1, False), use_tqdm=False)
         assert [o.num_cached_tokens for o in outputs] == [(len(turn) - 1) // 16 * 16 for turn in turns]
         resent = engine.answers(turns, 5, prompt_logprobs=False)
     with Engine(path, enable_prefix_caching=False) as engine:
@@ -108,14 +108,14 @@ def test_anchored_slots_have_what_a_sequence_had_at_its_last_unit(tmp_path, both
     more = random_prompts([21])[0]
     with Engine(path, additional_config=FUSED | {"bamba_replay": 16}) as engine:
         assert engine.scheduler.slots.anchored
-        answers = engine.answers(random_prompts([50, 9, 40]), [30, 24, 25], prompt_logprobs=False)
-        answers += engine.answers(random_prompts([33], seed=1), 20, prompt_logprobs=False)
+        answers = engine.answers(random_prompts([50, 9, 40]), [20, 24, 12], prompt_logprobs=False)
+        answers += engine.answers(random_prompts([33], seed=1), 18, prompt_logprobs=False)
         turns = [answer.prompt + answer.generated + more for answer in answers]
-        outputs = engine.llm.generate([{"prompt_token_ids": turn} for turn in turns], use_tqdm=False)
+        outputs = engine.llm.generate([{"prompt_token_ids": turn} for turn in turns], greedy(1, False), use_tqdm=False)
         ends = [len(answer.prompt) + len(answer.generated) - 1 for answer in answers]  # nobody computes the last token
         assert [o.num_cached_tokens for o in outputs] == [end // 16 * 16 for end in ends]
         assert 0 in [end % 16 for end in ends]
-        again = engine.answers([turn[: end + 5] for turn, end in zip(turns, ends, strict=True)], 20)
+        again = engine.answers([turn[: end + 5] for turn, end in zip(turns, ends, strict=True)], 6)
     reference = Reference(path)
     for answer in answers + again:
         reference.check(answer)

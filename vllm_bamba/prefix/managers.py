@@ -56,7 +56,6 @@ class BambaStateManager(MambaManager):
         self.slots = Slots.of(block_pool)
         self.slots.states.append(self)
         self._last_block: dict[str, int] = {}  # of each request, the block of its last token that is done
-        self._going_on: set[str] = set()  # requests that stay in their block if all groups get what they need
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
@@ -76,12 +75,10 @@ class BambaStateManager(MambaManager):
         total_computed_tokens: int,
         num_local_computed_tokens: int,
         num_tokens_main_model: int,
-        apply_admission_cap: bool = False,
-        prefill_end: int = 0,
+        *args: Any,
+        **kwargs: Any,
     ) -> int:
-        self._going_on.discard(request_id)
-        if num_tokens_main_model - 1 == total_computed_tokens and self.stays(request_id, total_computed_tokens):
-            self._going_on.add(request_id)
+        if self.stays(request_id, num_tokens_main_model - 1):
             return 0
         return super().get_num_blocks_to_allocate(
             request_id,
@@ -90,21 +87,23 @@ class BambaStateManager(MambaManager):
             total_computed_tokens,
             num_local_computed_tokens,
             num_tokens_main_model,
-            apply_admission_cap,
-            prefill_end,
+            *args,
+            **kwargs,
         )
 
-    def allocate_new_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
-        if request_id not in self._going_on:
-            allocated = super().allocate_new_blocks(request_id, *args, **kwargs)
-            if allocated:
-                self.slots.appended.add(request_id)
-            return allocated
-        self._going_on.remove(request_id)
-        return self.go_on(request_id)
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        if self.stays(request_id, num_tokens_main_model - 1):
+            return self.go_on(request_id)
+        allocated = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        if allocated:
+            self.slots.appended.add(request_id)
+        return allocated
 
     def stays(self, request_id: str, tokens: int) -> bool:
-        """Whether an anchored answer that has so many tokens passes the end of its block, and can go on in it."""
+        """Whether one token more takes an anchored answer of so many past the end of its block, and it can go on in it.
+
+        No prefill gets here: it ends at `prefilled` or one token later.
+        """
         blocks = self.req_to_blocks[request_id]
         return (
             self.slots.anchored
@@ -132,7 +131,6 @@ class BambaStateManager(MambaManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._last_block.pop(request_id, None)
-        self._going_on.discard(request_id)
         return super().pop_blocks_for_free(request_id)
 
     def leave(self, request: Request, unit: int) -> None:
@@ -292,9 +290,7 @@ class OnlyWhereDue:
             blocks = self.manager.empty_kv_cache_blocks
             if before.freed != place.freed:
                 self.manager.remove_skipped_blocks(request.request_id, done, request.num_prompt_tokens)
-        elif (
-            before is not None and before.life == place.life and num_new_tokens == 1 and self._can_stay(request, start)
-        ):
+        elif self.slots is not None and self.slots.stays(request.request_id, end - 1):
             self.manager.remove_skipped_blocks(request.request_id, done, request.num_prompt_tokens)
             managers: Any = self.manager.coordinator.single_type_managers
             blocks = self.manager.create_kv_cache_blocks(tuple(m.go_on(request.request_id) for m in managers))
@@ -306,9 +302,6 @@ class OnlyWhereDue:
             blocks = given
         self._places[request] = place
         return blocks
-
-    def _can_stay(self, request: Request, tokens: int) -> bool:
-        return self.slots is not None and self.slots.stays(request.request_id, tokens)
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         place = self._places.get(request)

@@ -120,7 +120,7 @@ class Slots:
         self._withdrawn.discard(request_id)
 
     def stays(self, request_id: str, tokens: int) -> bool:
-        """Whether an anchored answer of so many tokens passes the end of its unit and needs no block for the next."""
+        """Whether one token more takes an anchored answer of so many past the end of its unit, and needs no block."""
         attention = self.attention
         assert attention is not None
         fits = tokens % attention.block_size > 0

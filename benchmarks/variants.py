@@ -129,11 +129,20 @@ def cache_bytes(config: PreTrainedConfig, options: Mapping[str, Any], requests: 
     states = 1
     if options["enable_prefix_caching"]:
         slots = options["additional_config"].get("bamba_prefix_slots", True)
-        most = ANCHORED if slots and options["additional_config"]["bamba_fused_step"] else STATES
+        most = ANCHORED if anchors(options) else STATES
         states = min(most, -(-tokens // (16 if slots else block)))
     blocks = requests * (-(-tokens // block) + groups * states)
     spare = 8  # vLLM keeps one for padding
     return max((blocks + spare) * attention * block * token, 64 << 20)
+
+
+def anchors(options: Mapping[str, Any]) -> bool:
+    """Whether the engine's slots are anchored, as `vllm_bamba.step_options.anchors_slots` has it on a GPU."""
+    from vllm_bamba.step_options import StepOptions
+
+    asked = options["additional_config"]
+    slots = options["enable_prefix_caching"] and asked.get("bamba_prefix_slots", True)
+    return slots and asked["bamba_fused_step"] and asked.get("bamba_replay", StepOptions.replay) >= 16
 
 
 def state_bytes(config: PreTrainedConfig, options: Mapping[str, Any]) -> int:
@@ -150,8 +159,7 @@ def state_bytes(config: PreTrainedConfig, options: Mapping[str, Any]) -> int:
     if asked["bamba_fused_step"]:
         state_dtype = EIGHT_BITS.get(asked.get("bamba_state_dtype"), state_dtype)
         replay = asked.get("bamba_replay", StepOptions.replay)
-        anchored = options["enable_prefix_caching"] and asked.get("bamba_prefix_slots", True) and replay >= 16
-        form = SlotFormat(mixer_shard(shape, 1), shape.conv_width, dtype, state_dtype, replay, anchored)
+        form = SlotFormat(mixer_shard(shape, 1), shape.conv_width, dtype, state_dtype, replay, anchors(options))
         shapes, dtypes = form.shapes(), form.dtypes()
     return sum(math.prod(sizes) * kind.itemsize for sizes, kind in zip(shapes, dtypes, strict=True))
 

@@ -2,10 +2,13 @@
 
 import os
 import pathlib
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from parity import Engine, Reference, assert_same, check_low_precision, greedy, random_prompts, save_random
+from torch.nn.utils.rnn import pad_sequence
 from vllm.v1.worker import mamba_utils
 
 from vllm_bamba import step_options
@@ -28,29 +31,28 @@ def both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def anchored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slots as with Model Runner V2, which there is for GPUs alone: states are moved by us, not copied by V1."""
+    """Slots as with Model Runner V2, which there is for GPUs alone: its model state moves them, V1 copies nothing."""
 
     def move(output, layout, cache, columns, batch, requests, layers, *args, **kwargs):
-        from vllm_bamba.ops.slot_state import LayerSlots, move_slots
+        from vllm_bamba.model_state import BambaModelState
+        from vllm_bamba.ops.slot_state import LayerSlots
 
-        block, moves = cache.mamba_block_size, []
-        groups = [(i, [layers[name] for name in g.layer_names]) for i, g in enumerate(layout.kv_cache_groups)]
-        groups = [(i, members) for i, members in groups if isinstance(members[0], BambaMixer)]
-        tables = [[] for _ in groups]
-        for name in batch.req_ids:
-            before = requests[name].num_computed_tokens
-            old, new = (before - 1) // block, (before + output.num_scheduled_tokens[name] - 1) // block
-            if before and old != new:
-                moves.append([len(moves), before, 0, 1])
-                for table, (i, _) in zip(tables, groups, strict=True):
-                    blocks = requests[name].block_ids[i]
-                    table.append([blocks[old], blocks[new]])
-        if moves:
-            mixers = [(mixer, i) for i, (_, members) in enumerate(groups) for mixer in members]
-            slots, A = [m.mixing.slots for m, _ in mixers], [m.A for m, _ in mixers]
-            tables = [torch.tensor(table, dtype=torch.int32) for table in tables]
-            of_layers = LayerSlots.of(slots, A, [group for _, group in mixers], tables)
-            move_slots(of_layers, torch.tensor(moves, dtype=torch.int32))
+        groups = [[layers[name] for name in group.layer_names] for group in layout.kv_cache_groups]
+        of_states = [i for i, members in enumerate(groups) if isinstance(members[0], BambaMixer)]
+        rows = [[torch.tensor(requests[name].block_ids[i]).int() for name in batch.req_ids] for i in of_states]
+        tables = [pad_sequence(of_group, batch_first=True) for of_group in rows]
+        mixers = [(mixer, table) for table, i in enumerate(of_states) for mixer in groups[i]]
+        slots = LayerSlots.of(
+            [mixer.mixing.slots for mixer, _ in mixers],
+            [mixer.A for mixer, _ in mixers],
+            [table for _, table in mixers],
+            tables,
+        )
+        state = object.__new__(BambaModelState)
+        vars(state).update(_align_mode=True, takes_back=False, cache_config=cache, device=tables[0].device, slots=slots)
+        computed = np.array([requests[name].num_computed_tokens for name in batch.req_ids])
+        new = np.array([output.num_scheduled_tokens[name] for name in batch.req_ids])
+        state.preprocess_state(SimpleNamespace(num_computed_tokens_np=computed, num_scheduled_tokens=new))
 
     monkeypatch.setattr(mamba_utils, "preprocess_mamba", move)
     monkeypatch.setattr(step_options, "anchors_slots", lambda config, replay: active(config))

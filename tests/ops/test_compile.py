@@ -102,7 +102,7 @@ def compile_one(case: dict[str, Any]) -> str:
     warps = {"gate": 8, "prepare": PREPARE.num_warps}.get(case["kernel"], 4)
     kernel, launch = kernels[case["kernel"]], case.get("launch", Launch(replays=False, num_warps=warps))
     constants = SHAPE | {"QUANTISED": STATES[case["state"]], "GATED": True, "FOLD": True, "ANCHORED": True}
-    constants |= {"COLUMNS": 8192, "SUMS": 64, "BLOCK": BLOCKS.get(case["kernel"], PREPARE.channels)}
+    constants |= {"COLUMNS": 8192, "SUMS": 64, "BLOCK": BLOCKS.get(case["kernel"]), "EARLY": True}
     constants |= {"BLOCK_HEADS": PREPARE.heads, "FOLD_DIM": PREPARE.folded}
     constants |= {name: value for name, value in case.items() if name.isupper()}
     signature, fixed, hints = {}, {}, {}

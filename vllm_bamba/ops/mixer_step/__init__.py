@@ -6,7 +6,7 @@ import torch
 import triton
 
 from vllm_bamba.ops.mixer_step.kernels import prepare_kernel, replay_kernel, step_kernel
-from vllm_bamba.ops.mixer_step.tuning import PREPARE, Launch, tuning_for
+from vllm_bamba.ops.mixer_step.tuning import PREPARE, Launch, launches_early, tuning_for
 from vllm_bamba.state import DecodePlan, FusedSlots, slot_strides
 
 
@@ -90,21 +90,22 @@ def mixer_step(
             num_warps=launch.num_warps, maxnreg=launch.max_registers,
         )  # fmt: skip
         return
-    convolved = projected.new_empty(rows, channels)
+    convolved = projected.new_empty(rows, channels - inner)
     factors = projected.new_empty(rows, heads * (constants["REPLAY"] + 3), dtype=torch.float32)
     of_group, folded = heads // groups, min(PREPARE.folded, head_dim)
     some_heads = min(PREPARE.heads, triton.next_power_of_2(of_group))
     folds = -(-heads // constants["REPLAY"]) * (head_dim // folded) if fold else 0
-    programs = folds + groups * -(-of_group // some_heads) + -(-inner // PREPARE.channels)  # as the kernel counts them
+    programs = folds + groups * -(-of_group // some_heads)  # as the kernel counts them
+    early = launches_early(projected.device)
     prepare_kernel[programs, rows](
         projected, convolved, factors, *parameters, plan.slots, plan.lengths, *slots.of_step,
         projected.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step), *dt_limit,
-        **constants, FOLD=fold, WIDTH=width, BIAS=bias,
-        BLOCK=PREPARE.channels, BLOCK_HEADS=some_heads, FOLD_DIM=folded, num_warps=PREPARE.num_warps,
+        **constants, FOLD=fold, WIDTH=width, BIAS=bias, EARLY=early,
+        BLOCK_HEADS=some_heads, FOLD_DIM=folded, num_warps=PREPARE.num_warps,
     )  # fmt: skip
-    read = slots.of_step[1:]
     replay_kernel[heads, rows](
-        projected, convolved, factors, out, weights.norm, plan.slots, plan.lengths, *read,
-        projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(read),
-        **constants, FOLD=fold, GATED=gated, num_warps=launch.num_warps, maxnreg=launch.max_registers,
+        projected, convolved, factors, out, weights.taps, weights.conv_bias, weights.norm, plan.slots, plan.lengths,
+        *slots.of_step, projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step),
+        **constants, FOLD=fold, WIDTH=width, BIAS=bias, GATED=gated, EARLY=early,
+        num_warps=launch.num_warps, maxnreg=launch.max_registers, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip

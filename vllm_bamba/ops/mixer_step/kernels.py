@@ -2,7 +2,8 @@
 
 `step_kernel` does it at once and writes the state. Where states are replayed, `prepare_kernel` does what a row needs
 once and folds the rings that are full; `replay_kernel` behind it is left with a head's state and ring, which it asks
-for before anything else: it has to keep the memory busy. Without FOLD all of them leave checkpoints as they are.
+for before anything else: it has to keep the memory busy, and with EARLY it starts before `prepare_kernel` has ended.
+Without FOLD all of them leave checkpoints as they are.
 
 Inputs of the convolution stand in a ring of `WIDTH` entries indexed by the token's position, of which a step reads all
 but the one that it writes: programs of a row share B and C without waiting for each other.
@@ -290,19 +291,20 @@ def prepare_kernel(
     dt_low, dt_high,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr, WIDTH: tl.constexpr,
     REPLAY: tl.constexpr, FOLD: tl.constexpr, BIAS: tl.constexpr, QUANTISED: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, FOLD_DIM: tl.constexpr,
+    EARLY: tl.constexpr, BLOCK_HEADS: tl.constexpr, FOLD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """What a replayed step needs beside states. A row has programs of three kinds, which need not wait for each other:
+    """What a replayed step needs beside states. A row has programs of two kinds, which need not wait for each other:
 
     - with FOLD, one for each FOLD_DIM channels of a head whose ring is full: fold it;
-    - one for each BLOCK_HEADS heads of a group: convolve B and C, and find the heads' factors;
-    - one for each BLOCK of x: convolve it.
+    - one for each BLOCK_HEADS heads of a group: convolve B and C, and find the heads' factors.
 
     Rings stay as they are: the step itself empties the folded ones and adds the new token.
 
-    `convolved` is [rows, x | B | C]. `factors` is fp32 [rows, ring | decay | new | dt]: what the x of each ring entry
+    `convolved` is [rows, B | C]. `factors` is fp32 [rows, ring | decay | new | dt]: what the x of each ring entry
     counts for, HEADS x REPLAY; how far each head's checkpoint has decayed; what its new x counts for; its time step.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     part, row = tl.program_id(0), tl.program_id(1)
     inner: tl.constexpr = HEADS * HEAD_DIM
     bc: tl.constexpr = GROUPS * STATE
@@ -317,36 +319,36 @@ def prepare_kernel(
     ring_b += slot * ring_b_stride
     ring_dt += slot * ring_dt_stride
     xbc = projected + row * projected_stride + inner
-    newest = conv + position % WIDTH * channels
-    convolved += row * channels
     n = tl.arange(0, STATE)
 
     if part < FOLDS:
-        head = part % FOLDED * REPLAY + (REPLAY - position % REPLAY) % REPLAY  # one that `is_folded`
-        if head < HEADS:
+        full = part % FOLDED * REPLAY + (REPLAY - position % REPLAY) % REPLAY  # one that `is_folded`
+        if full < HEADS:
             p = part // FOLDED * FOLD_DIM + tl.arange(0, FOLD_DIM)
-            rows, values = tile_of(head * HEAD_DIM, p, n)
+            rows, values = tile_of(full * HEAD_DIM, p, n)
             ssm += slot * ssm_stride
             if QUANTISED:
                 scale += slot * scale_stride
-            ring_x += slot * ring_x_stride + head * REPLAY * HEAD_DIM
-            ring_b += head // (HEADS // GROUPS) * STATE
-            ring_dt += head * REPLAY
+            ring_x += slot * ring_x_stride + full * REPLAY * HEAD_DIM
+            ring_b += full // (HEADS // GROUPS) * STATE
+            ring_dt += full * REPLAY
             state = widened(tl.load(ssm + values), scale, rows, QUANTISED)
-            a = tl.load(a_ptr + head)
+            a = tl.load(a_ptr + full)
             state = fold(state, a, position - 1, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, bc, REPLAY)
             store_state(state, ssm, scale, rows, values, position, QUANTISED)
-    elif part < FOLDS + GROUPS * HEAD_BLOCKS:
+    else:
         group, of_group = (part - FOLDS) // HEAD_BLOCKS, (part - FOLDS) % HEAD_BLOCKS
         own = inner + group * STATE + n
         b_new, c_new = tl.load(xbc + own), tl.load(xbc + own + bc)
         b = convolve(b_new, conv, conv_weight, conv_bias, own, position, channels, WIDTH, BIAS)
         c = convolve(c_new, conv, conv_weight, conv_bias, own + bc, position, channels, WIDTH, BIAS)
         if of_group == 0:
-            tl.store(newest + own, b_new)
-            tl.store(newest + own + bc, c_new)
-            tl.store(convolved + own, b.to(convolved.dtype.element_ty))
-            tl.store(convolved + own + bc, c.to(convolved.dtype.element_ty))
+            newest = conv + position % WIDTH * channels + own
+            tl.store(newest, b_new)
+            tl.store(newest + bc, c_new)
+            both = convolved + row * 2 * bc + group * STATE + n
+            tl.store(both, b.to(convolved.dtype.element_ty))
+            tl.store(both + bc, c.to(convolved.dtype.element_ty))
 
         k = tl.arange(0, REPLAY)
         index = (position + 1 + k) % REPLAY  # oldest first; the last is the new token's
@@ -371,33 +373,27 @@ def prepare_kernel(
         skip = tl.load(d_ptr + head, mask=some, other=0).to(tl.float32)
         tl.store(factors + HEADS + head, dt * tl.sum(b * c, 0) + skip, mask=some)
         tl.store(factors + 2 * HEADS + head, dt, mask=some)
-    else:
-        block = (part - FOLDS - GROUPS * HEAD_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-        inside = block < inner
-        # 16 channels are inside or outside together, which is to be known for wide loads
-        block = tl.max_contiguous(tl.multiple_of(tl.where(inside, block, 0), 16), 16)
-        x_new = tl.load(xbc + block)
-        x = convolve(x_new, conv, conv_weight, conv_bias, block, position, channels, WIDTH, BIAS)
-        tl.store(newest + block, x_new, mask=inside)
-        tl.store(convolved + block, x.to(convolved.dtype.element_ty), mask=inside)
 
 
 @of_any_batch
 def replay_kernel(
-    projected, convolved, factors, out, norm_weight, slots, lengths,
-    ssm, scale, ring_x, ring_b, ring_dt,
+    projected, convolved, factors, out, conv_weight, conv_bias, norm_weight, slots, lengths,
+    conv, ssm, scale, ring_x, ring_b, ring_dt,
     projected_stride, out_stride, slots_stride,
-    ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr,
-    REPLAY: tl.constexpr, FOLD: tl.constexpr, GATED: tl.constexpr, QUANTISED: tl.constexpr,
+    conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr, WIDTH: tl.constexpr,
+    REPLAY: tl.constexpr, FOLD: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, QUANTISED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """The step behind `prepare_kernel`: reads a checkpoint and its ring, adds the token to the ring.
 
+    With EARLY it may start while `prepare_kernel` runs, and asks for what that one leaves alone.
     A head's factors are asked for where they are needed: sooner, one warp's 8-bit states do not fit 128 registers.
     """
     head, row = tl.program_id(0), tl.program_id(1)
     inner: tl.constexpr = HEADS * HEAD_DIM
     bc: tl.constexpr = GROUPS * STATE
+    channels: tl.constexpr = inner + 2 * bc
     TOKENS: tl.constexpr = REPLAY if REPLAY > 16 else 16  # the least that tensor cores take
     p, n, k = tl.arange(0, HEAD_DIM), tl.arange(0, STATE), tl.arange(0, TOKENS)
     rows, values = tile_of(head * HEAD_DIM, p, n)
@@ -405,16 +401,29 @@ def replay_kernel(
     slot, position = where_from(slots, slots_stride, lengths, row)
     if slot == 0:
         store_padding(out, rows, inner + 2 * head, GATED)
+        if EARLY:
+            tl.extra.cuda.gdc_wait()  # whoever comes behind this kernel comes behind `prepare_kernel`, too
         return
+    folded = is_folded(head, position, REPLAY, FOLD)
+    if EARLY and FOLD:  # noqa: SIM102  the compiler decides this one, each program the next
+        if folded:
+            tl.extra.cuda.gdc_wait()
     kept = tl.load(ssm + slot * ssm_stride + values)  # [HEAD_DIM, STATE]
+    ring_dt += slot * ring_dt_stride + head * REPLAY + k
+    ring_x += slot * ring_x_stride + head * REPLAY * HEAD_DIM
+    projected += row * projected_stride
+    conv += slot * conv_stride
+    x_new = tl.load(projected + inner + rows)
+    live = tl.load(ring_dt, mask=k < REPLAY, other=0) > 0
+    past = tl.load(ring_x + k[None, :] * HEAD_DIM + p[:, None], mask=live[None, :], other=0)
+    x = convolve(x_new, conv, conv_weight, conv_bias, rows, position, channels, WIDTH, BIAS)
+    tl.store(conv + position % WIDTH * channels + rows, x_new)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     factors += row * HEADS * (REPLAY + 3)
     counts = tl.load(factors + head * REPLAY + k, mask=k < REPLAY, other=0)
-    ring_x += slot * ring_x_stride + head * REPLAY * HEAD_DIM
-    past = tl.load(ring_x + k[None, :] * HEAD_DIM + p[:, None], mask=(counts != 0)[None, :], other=0)
-    convolved += row * (inner + 2 * bc)
     group = head // (HEADS // GROUPS)
-    b = convolved + inner + group * STATE + n
-    x = tl.load(convolved + rows)
+    b = convolved + row * 2 * bc + group * STATE + n
     factors += HEADS * REPLAY + head
 
     STORED: tl.constexpr = ssm.dtype.element_ty
@@ -424,15 +433,14 @@ def replay_kernel(
     y = times_vector(kept, tl.load(b + bc), STATE_PARTS, 1, BF16) * tl.load(factors)
     if QUANTISED:
         y *= tl.load(scale + slot * scale_stride + rows)
-    y += times_vector(past, counts, X_PARTS, 3, BF16) + tl.load(factors + HEADS) * x.to(tl.float32)
-    squares = gated(y, projected + row * projected_stride, norm_weight, out, rows, GATED)
+    y += times_vector(past, counts, X_PARTS, 3, BF16) + tl.load(factors + HEADS) * x
+    squares = gated(y, projected, norm_weight, out, rows, GATED)
     if GATED:
         store_sum(squares, out, inner + 2 * head)
 
     entry = position % REPLAY
-    tl.store(ring_x + entry * HEAD_DIM + p, x)
+    tl.store(ring_x + entry * HEAD_DIM + p, x.to(ring_x.dtype.element_ty))
     times = tl.where(k == entry, tl.load(factors + 2 * HEADS), 0)
-    changed = tl.where(is_folded(head, position, REPLAY, FOLD), k < REPLAY, k == entry)
-    tl.store(ring_dt + slot * ring_dt_stride + head * REPLAY + k, times, mask=changed)
+    tl.store(ring_dt, times, mask=tl.where(folded, k < REPLAY, k == entry))
     if head % (HEADS // GROUPS) == 0:  # one for the group
         tl.store(ring_b + slot * ring_b_stride + entry * bc + group * STATE + n, tl.load(b))

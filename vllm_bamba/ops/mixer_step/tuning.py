@@ -35,19 +35,17 @@ class Prepare:
     """How the kernel in front of a replayed step divides its work; the best of twelve ways on an H100.
 
     Attributes:
-        channels: of x that a program convolves.
         heads: of a group whose factors a program finds.
         folded: channels of a full ring that a program folds; more of them take registers from all programs.
         num_warps: of a program.
     """
 
-    channels: int
     heads: int
     folded: int
     num_warps: int
 
 
-PREPARE = Prepare(channels=512, heads=32, folded=32, num_warps=4)
+PREPARE = Prepare(heads=32, folded=32, num_warps=4)
 ANY = 1 << 30  # rows
 
 DEFAULT = Tuning(((1, Launch(replays=False, num_warps=8)), (ANY, Launch(replays=True, num_warps=4))))
@@ -62,7 +60,7 @@ TUNED: dict[tuple[tuple[int, int], int], Tuning] = {
         (
             (1, Launch(replays=False, num_warps=8)),
             (8, Launch(replays=True, num_warps=4)),
-            (ANY, Launch(replays=True, num_warps=1, max_registers=128)),
+            (ANY, Launch(replays=True, num_warps=2)),
         )
     ),
 }
@@ -73,3 +71,8 @@ def tuning_for(ssm: torch.Tensor, activations: torch.dtype) -> Tuning:
     if not ssm.is_cuda or activations != torch.bfloat16 or ssm.shape[2:] != (64, 128):
         return DEFAULT
     return TUNED.get((torch.cuda.get_device_capability(ssm.device), ssm.dtype.itemsize), DEFAULT)
+
+
+def launches_early(device: torch.device) -> bool:
+    """Whether a kernel there can start before the one in front of it has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)

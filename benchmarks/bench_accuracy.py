@@ -31,7 +31,6 @@ from transformers import AutoTokenizer, BambaForCausalLM
 
 from vllm_bamba.config import BambaShape
 from vllm_bamba.ops.mixer_step import StepWeights, mixer_step
-from vllm_bamba.ops.mixer_step.tuning import tuning_for
 from vllm_bamba.ops.slot_state import empty_inputs, write_slots
 from vllm_bamba.state import EIGHT_BITS, DecodePlan, FusedSlots, SlotFormat, mixer_shard
 
@@ -114,21 +113,18 @@ class Mixer(torch.nn.Module):
         self.mixer, self.plan, self.limit, self.inner = mixer, plan, shape.time_step_limit, shape.mamba_intermediate
         taps, A = mixer.conv1d.weight[:, 0].t().contiguous(), -mixer.A_log.float().exp()
         self.weights = StepWeights(taps, mixer.conv1d.bias, A, mixer.D, mixer.dt_bias, norm=None)
-        self.slots, self.launches = [], []
+        self.slots = []
         for state_dtype, replay in precisions:
             form = SlotFormat(mixer_shard(shape, 1), shape.conv_width, taps.dtype, state_dtype, replay)
             self.slots.append(empty_slots(form, plan))
-            # that of many rows: that of few would leave the ring alone
-            of_many = tuning_for(self.slots[-1].ssm, taps.dtype).launches[-1][1]
-            self.launches.append(of_many)
 
     def forward(self, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
         """One token of every row, [precisions * rows, 1, hidden size] in and out."""
         projected = self.mixer.in_proj(hidden_states[:, 0])
         y = projected.new_empty(len(projected), self.inner)
         parts = (t.split(self.plan.num_tokens) for t in (projected, y))
-        for slots, launch, given, out in zip(self.slots, self.launches, *parts, strict=True):
-            mixer_step(given, self.weights, self.limit, slots, self.plan, out, launch)
+        for slots, given, out in zip(self.slots, *parts, strict=True):
+            mixer_step(given, self.weights, self.limit, slots, self.plan, out)
         return self.mixer.out_proj(self.mixer.norm(y, projected[:, : self.inner]))[:, None]
 
 
@@ -166,7 +162,6 @@ class Walk:
 
 def check_walk(model: BambaForCausalLM, texts: torch.Tensor, replays: Sequence[int]) -> float:
     """Largest difference of a logit between fp32 walks and Transformers' forward pass; ends the run above the limit."""
-    texts = texts.repeat(2, 1)  # as many rows as are walked later: launches depend on their number
     exact = torch.cat([model(text[None], use_cache=False).logits for text in texts])
     walk = Walk(model, [(torch.float32, replay) for replay in replays], *texts.shape)
     logits = torch.stack([walk.step(tokens) for tokens in texts.T], 2)

@@ -215,12 +215,11 @@ def step(p: Problem) -> Case:
 def fused_step(p: Problem, int8: bool = False, launches: "Mapping[str, Launch] | None" = None) -> Case:
     """The whole step between a mixer's projections; vLLM's is its convolution and its state update.
 
-    `launches` are by name, all replaying, with rings as they are on average, or none; without them what is tuned for
-    the batch.
+    Rings are as they are on average. `launches` are by name; without them it is the one that is tuned.
     """
     from vllm_bamba.ops.mixer_step import StepWeights, mixer_step
     from vllm_bamba.ops.mixer_step.reference import mixer_step_reference
-    from vllm_bamba.ops.mixer_step.tuning import tuning_for
+    from vllm_bamba.ops.mixer_step.tuning import launch_for
 
     (heads, head_dim), (groups, width), taps = p.heads, p.groups, p.shape.conv_width
     inner, replay = heads * head_dim, 16
@@ -240,9 +239,7 @@ def fused_step(p: Problem, int8: bool = False, launches: "Mapping[str, Launch] |
     filled = (before + torch.arange(heads, device=p.device)) % replay + 1  # entries of each head
     slots.ring_dt.abs_().mul_(0.05)
     slots.ring_dt[used] *= ages[:, None] <= filled[:, :, None]
-    launches = launches or {OURS: tuning_for(slots.ssm, p.dtype).launch_for(p.tokens)}
-    if not any(launch.replays for launch in launches.values()):
-        slots.ring_dt.zero_()
+    launches = launches or {OURS: launch_for(slots, p.dtype)}
     out = torch.empty(p.tokens, inner, dtype=p.dtype, device=p.device)
 
     # the same slots as vLLM keeps them: inputs of the convolution oldest first, the state with the ring's tokens in it

@@ -1,15 +1,14 @@
-"""Find the launches of the fused decode step that serve each batch fastest, for the tables of its `tuning.py`.
+"""Find the launches of the fused decode step that serve fastest, for the tables of its `tuning.py`.
 
     python benchmarks/tune_mixer_step.py
 
 Every candidate is checked against the fp64 reference, then takes turns with the others and with vLLM's two operators on
-cold caches. Prints a table entry for this GPU, one for 16-bit states and one for int8, and writes all times as rows.
+cold caches. Prints which is best for this GPU, 16-bit states and int8, and writes all times as rows.
 """
 
 import argparse
 import concurrent.futures
 import functools
-import itertools
 import multiprocessing
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,12 +22,9 @@ from timing import Samples, interleaved, measure_limits
 
 from vllm_bamba.ops.mixer_step.tuning import Launch
 
-CANDIDATES = [
-    *(Launch(replays=False, num_warps=warps) for warps in (4, 8)),
-    *(Launch(replays=True, num_warps=warps) for warps in (1, 2, 4)),
-    Launch(replays=True, num_warps=1, max_registers=128),
-]
-WORTH = 1.02  # another launch than for the batch before must be faster by this
+CANDIDATES = {
+    str(launch): launch for launch in (*(Launch(warps) for warps in (1, 2, 4, 8)), Launch(1, max_registers=128))
+}
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -42,11 +38,6 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def by_way() -> list[dict[str, Launch]]:
-    """Candidates by name: those that write states every step, and those that replay; they find different slots."""
-    return [{str(c): c for c in CANDIDATES if c.replays == replays} for replays in (False, True)]
-
-
 def compile_one(problem: Problem, int8: bool, name: str, launch: Launch) -> None:
     """In a process of its own; the next process finds the kernel on the disk."""
     fused_step(problem, int8, {name: launch}).calls[name]()
@@ -54,19 +45,15 @@ def compile_one(problem: Problem, int8: bool, name: str, launch: Launch) -> None
 
 def times_of(problem: Problem, int8: bool, right: Mapping[str, Launch], repeats: int) -> dict[str, Samples]:
     """Times of all candidates and of vLLM's operators on one batch."""
-    times: dict[str, Samples] = {}
-    for launches in by_way():
-        usable = {name: launch for name, launch in launches.items() if name in right}
-        calls = fused_step(problem, int8, usable).calls
-        times |= interleaved(calls, repeats, problem.seed)
-        torch.cuda.empty_cache()
+    times = interleaved(fused_step(problem, int8, right).calls, repeats, problem.seed)
+    torch.cuda.empty_cache()
     return times
 
 
-def table(best: Sequence[tuple[int, Launch]]) -> str:
-    """Batches with the same launch as the next larger one are covered by it."""
-    kept = [(batch, launch) for (batch, launch), (_, after) in itertools.pairwise(best) if launch != after]
-    return "\n".join(f"({batch}, {launch})," for batch, launch in [*kept, ("ANY", best[-1][1])])
+def best(times: Sequence[Mapping[str, Samples]]) -> str:
+    """The launch whose times, each as a share of the batch's fastest, have the smallest mean."""
+    ours = [{name: samples.median for name, samples in batch.items() if name != VLLM} for batch in times]
+    return min(ours[0], key=lambda name: sum(batch[name] / min(batch.values()) for batch in ours))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -77,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
         progress(f"compiling {2 * len(CANDIDATES)} kernels")
-        jobs = [pool.submit(compile_one, small, int8, str(c), c) for int8 in (False, True) for c in CANDIDATES]
+        jobs = [pool.submit(compile_one, small, int8, *item) for int8 in (False, True) for item in CANDIDATES.items()]
         for job in jobs:
             job.result()
     for int8 in (False, True):
@@ -92,15 +79,11 @@ def main(argv: Sequence[str]) -> None:
             state_dtype="int8" if int8 else dtype_name(dtype),
             cache_mode="none",
         )
-        right: dict[str, Launch] = {}
-        for launches in by_way():
-            wrong = wrong_ones(functools.partial(fused_step, int8=int8, launches=launches), small)
-            for name, launch in launches.items():
-                if name in wrong:
-                    progress(f"left out: {name} {wrong[name]}")
-                else:
-                    right[name] = launch
-        best: list[tuple[int, Launch]] = []
+        wrong = wrong_ones(functools.partial(fused_step, int8=int8, launches=CANDIDATES), small)
+        for name in wrong.keys() & CANDIDATES.keys():
+            progress(f"left out: {name} {wrong[name]}")
+        right = {name: launch for name, launch in CANDIDATES.items() if name not in wrong}
+        every = []
         for batch in args.batches:
             problem = Problem.of(args.shape, batch, dtype, dtype, args.seed)
             times = times_of(problem, int8, right, args.repeats)
@@ -113,9 +96,7 @@ def main(argv: Sequence[str]) -> None:
                 )  # fmt: skip
             ours = {name: samples.median for name, samples in times.items() if name != VLLM}
             fastest = min(ours, key=ours.__getitem__)
-            if best and ours[fastest] * WORTH > ours[str(best[-1][1])]:
-                fastest = str(best[-1][1])
-            best.append((batch, right[fastest]))
+            every.append(times)
             ranked = sorted(ours.items(), key=lambda item: item[1])
             print(
                 f"\nbatch {batch}, {'int8' if int8 else dtype_name(dtype)}: vllm {times[VLLM].median:.4f} ms, ", end=""
@@ -124,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"{moved / ours[fastest] / 1e6:.0f} of {limits.bytes_per_second / 1e9:.0f} GB/s")
             for name, milliseconds in [*ranked[:6], *ranked[-1:]]:
                 print(f"  {milliseconds:.4f} {name}")
-        print(f"\nfor tuning.py, {'int8' if int8 else '16-bit'} states:\n{table(best)}", flush=True)
+        print(f"\nfor tuning.py, {'int8' if int8 else '16-bit'} states: {best(every)}", flush=True)
 
 
 if __name__ == "__main__":

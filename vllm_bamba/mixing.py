@@ -150,9 +150,8 @@ class FusedMixing(Mixing):
         return self._weights._replace(taps=self._weights.taps.t())
 
     def warm_up(self, projected: torch.Tensor) -> None:
-        """As `Mixing.warm_up`, for every number of rows, on two slots made for it; one layer does it for all alike."""
+        """As `Mixing.warm_up`, on two slots made for it; one layer does it for all alike."""
         from vllm_bamba.ops.mixer_step import mixer_step
-        from vllm_bamba.ops.mixer_step.tuning import tuning_for
         from vllm_bamba.ops.slot_state import LayerSlots, empty_inputs, move_slots, read_slots, write_slots
 
         self._warm_scan_up(projected, torch.float32)
@@ -177,8 +176,7 @@ class FusedMixing(Mixing):
             gate_for_later(y, gate, mixer.norm.weight, output)
         one = torch.ones(1, 1, dtype=torch.int32, device=device)
         plan = DecodePlan(1, one, one[0], query_start_loc=None, accepted=None)
-        for _, launch in tuning_for(slots.ssm, projected.dtype).launches:
-            mixer_step(row, self.weights, mixer.shape.time_step_limit, slots, plan, output, launch)
+        mixer_step(row, self.weights, mixer.shape.time_step_limit, slots, plan, output)
         if self.form.anchored:
             move = torch.tensor([[0, 1, 0, 0]], dtype=torch.int32, device=device)
             move_slots(LayerSlots.of([slots], [mixer.A], [0], [one]), move)

@@ -32,22 +32,19 @@ UNALIGNED = {
 SIZES = {"rows", "N", "K"}
 STATES = {"fp32": False, "bf16": False, "fp16": False, "i8": True, "fp8e4nv": True}
 BLOCKS = {"gate": 8192, "read": 1024, "write": 1024, "move": 1024}
-STEP = [
-    {"kernel": "replay" if launch.replays else "step", "state": state, "REPLAY": 16, "launch": launch}
+STEP = [{"kernel": "step", "state": state, "launch": DEFAULT} for state in STATES]
+STEP += [
+    {"kernel": "replay", "state": state, "REPLAY": 16, "FOLD": fold, "launch": launch}
     for state, size in {"fp32": 4, "bf16": 2, "fp16": 2, "i8": 1, "fp8e4nv": 1}.items()
-    for launch in dict.fromkeys(o for t in (DEFAULT, TUNED.get(((9, 0), size), DEFAULT)) for _, o in t.launches)
+    for launch in dict.fromkeys((DEFAULT, TUNED.get(((9, 0), size), DEFAULT)))
+    for fold in (True, False)
 ]
-STEP += [{"kernel": "step", "state": state, "REPLAY": 0, "launch": DEFAULT.launches[0][1]} for state in STATES]
 OTHERS = [
     {"kernel": kernel, "state": state, "REPLAY": 16}
     for kernel in ("prepare", "read", "write", "move")
     for state in ("bf16", "i8", "fp8e4nv")
 ]
-OTHERS += [
-    {"kernel": kernel, "state": state, "REPLAY": 16, "FOLD": False}
-    for kernel in ("step", "prepare", "replay")
-    for state in ("bf16", "i8")
-]
+OTHERS += [{"kernel": "prepare", "state": state, "REPLAY": 16, "FOLD": False} for state in ("bf16", "i8")]
 PRODUCTS = [
     {"kernel": "linear", "state": "bf16", "launch": o}
     | {"ROWS": o.rows, "COLUMNS": o.columns, "DEPTH": o.depth, "STAGES": o.num_stages}
@@ -100,7 +97,7 @@ def compile_one(case: dict[str, Any]) -> str:
         "linear": linear_kernel,
     }
     warps = {"gate": 8, "prepare": PREPARE.num_warps}.get(case["kernel"], 4)
-    kernel, launch = kernels[case["kernel"]], case.get("launch", Launch(replays=False, num_warps=warps))
+    kernel, launch = kernels[case["kernel"]], case.get("launch", Launch(num_warps=warps))
     constants = SHAPE | {"QUANTISED": STATES[case["state"]], "GATED": True, "FOLD": True, "ANCHORED": True}
     constants |= {"COLUMNS": 8192, "SUMS": 64, "BLOCK": BLOCKS.get(case["kernel"]), "EARLY": True}
     constants |= {"BLOCK_HEADS": PREPARE.heads, "FOLD_DIM": PREPARE.folded}

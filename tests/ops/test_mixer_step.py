@@ -20,13 +20,11 @@ from helpers import (
 
 from vllm_bamba.ops.mixer_step import StepWeights, mixer_step, sum_columns
 from vllm_bamba.ops.mixer_step.reference import mixer_step_reference
-from vllm_bamba.ops.mixer_step.tuning import Launch
 from vllm_bamba.ops.slot_state import LayerSlots, empty_inputs, move_slots, read_slots, write_slots
 from vllm_bamba.sharding import MixerShard
 from vllm_bamba.state import EIGHT_BITS, FusedSlots, SlotFormat
 
 HEADS, HEAD_DIM, STATE, WIDTH, REPLAY = 4, 16, 32, 4, 8
-PLAIN, REPLAYED = (Launch(replays, num_warps=4) for replays in (False, True))
 
 
 def slot_format(
@@ -68,11 +66,9 @@ class Batch:
         self.exact = [(i.double(), s.double()) for i, s in zip(inputs, states, strict=True)]
         self.plain = [(i, stored(s, form)) for i, s in zip(inputs, states, strict=True)]
 
-    def step(
-        self, launch: Launch, rows: list[int] | None = None, limit: tuple[float, float] = NO_LIMIT
-    ) -> torch.Tensor:
-        """One token for some of the sequences; what comes out is compared in `check`."""
-        rows = list(range(len(self.slots))) if rows is None else rows
+    def step(self, limit: tuple[float, float] = NO_LIMIT) -> torch.Tensor:
+        """One token for each sequence; what comes out is compared in `check`."""
+        rows = list(range(len(self.slots)))
         for row in rows:
             self.lengths[row] += 1
         self.seed += 1
@@ -81,7 +77,7 @@ class Batch:
         columns = inner + (sum_columns(HEADS) if gated else 0)
         out = inside(torch.full((len(rows), columns), float("nan"), dtype=self.form.dtype, device=DEVICE))
         plan = decode_plan([self.slots[row] for row in rows], [self.lengths[row] for row in rows])
-        mixer_step(inside(given), self.weights, limit, self.fused, plan, out, launch)
+        mixer_step(inside(given), self.weights, limit, self.fused, plan, out)
         for i, row in enumerate(rows):
             if not self.slots[row]:
                 assert not out[i].any()
@@ -167,40 +163,26 @@ DTYPES_OF_STATES = [
     (torch.bfloat16, torch.int8),
     (torch.bfloat16, torch.float8_e4m3fn),
 ]
-both_ways = pytest.mark.parametrize("launch", [PLAIN, REPLAYED], ids=["plain", "replayed"])
+both_ways = pytest.mark.parametrize("replay", [0, REPLAY], ids=["without_ring", "replayed"])
 
 
 @both_ways
 @pytest.mark.parametrize(("dtype", "state_dtype"), DTYPES_OF_STATES, ids=str)
 def test_steps_are_the_reference_through_every_phase_of_the_ring(
-    dtype: torch.dtype, state_dtype: torch.dtype, launch: Launch
+    dtype: torch.dtype, state_dtype: torch.dtype, replay: int
 ) -> None:
-    batch = Batch(slot_format(dtype, state_dtype), slots=[7, 2], lengths=[1, 30])
+    batch = Batch(slot_format(dtype, state_dtype, replay=replay), slots=[7, 2], lengths=[1, 30])
     for _ in range(REPLAY + 3):
-        batch.step(launch)
-    batch.check()
-
-
-def test_without_a_ring_every_step_writes_the_state() -> None:
-    batch = Batch(slot_format(torch.float32, replay=0), slots=[7, 2], lengths=[1, 30])
-    for _ in range(3):
-        batch.step(REPLAYED)
-    batch.check()
-
-
-def test_a_batch_that_shrinks_and_grows_changes_the_way_of_its_states() -> None:
-    batch = Batch(slot_format(torch.float32), slots=[7, 2, 9], lengths=[1, 6, 30])
-    for rows in ([0, 1, 2], [0, 1, 2], [0], [0, 1, 2], [1, 2], [1], [0, 1, 2], [0, 1, 2]):
-        batch.step(REPLAYED if len(rows) > 2 else PLAIN, rows)
+        batch.step()
     batch.check()
 
 
 @both_ways
-def test_padded_rows_are_zero_and_touch_nothing(launch: Launch) -> None:
-    batch = Batch(slot_format(torch.float32), slots=[7, 0, 2], lengths=[4, 4, 9], gated=True)
+def test_padded_rows_are_zero_and_touch_nothing(replay: int) -> None:
+    batch = Batch(slot_format(torch.float32, replay=replay), slots=[7, 0, 2], lengths=[4, 4, 9], gated=True)
     before = batch.pages.clone()
     for _ in range(2):
-        batch.step(launch)
+        batch.step()
     others = [slot for slot in range(12) if slot not in (7, 2)]
     assert torch.equal(batch.pages[others], before[others])
     batch.check()
@@ -208,35 +190,48 @@ def test_padded_rows_are_zero_and_touch_nothing(launch: Launch) -> None:
 
 @both_ways
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_gate_the_norms_weight_and_the_sum_of_squares(dtype: torch.dtype, launch: Launch) -> None:
-    batch = Batch(slot_format(dtype), slots=[7, 2], lengths=[1, 30], gated=True)
+def test_the_gate_the_norms_weight_and_the_sum_of_squares(dtype: torch.dtype, replay: int) -> None:
+    batch = Batch(slot_format(dtype, replay=replay), slots=[7, 2], lengths=[1, 30], gated=True)
     for _ in range(4):
-        batch.step(launch)
+        batch.step()
     batch.check()
 
 
 @both_ways
 @pytest.mark.parametrize("groups", [2, 4])
-def test_each_group_of_heads_has_its_own_b_and_c(groups: int, launch: Launch) -> None:
-    batch = Batch(slot_format(torch.float32, groups=groups), slots=[7, 2], lengths=[1, 30])
+def test_each_group_of_heads_has_its_own_b_and_c(groups: int, replay: int) -> None:
+    batch = Batch(slot_format(torch.float32, groups=groups, replay=replay), slots=[7, 2], lengths=[1, 30])
     for _ in range(3):
-        batch.step(launch)
+        batch.step()
     batch.check()
 
 
 @pytest.mark.parametrize(
-    ("heads", "groups", "head_dim", "state", "replay"),
-    [(6, 2, 16, 32, REPLAY), (12, 1, 64, 16, REPLAY), (40, 1, 16, 16, 16)],
-    ids=["three_heads_a_group", "two_folds_of_two_parts_each", "two_blocks_of_heads"],
+    ("heads", "groups", "head_dim", "state", "replay", "state_dtype"),
+    [
+        (6, 2, 16, 32, REPLAY, torch.bfloat16),
+        (12, 1, 64, 16, REPLAY, torch.bfloat16),
+        (72, 1, 16, 16, 16, torch.bfloat16),
+        (4, 1, 64, 128, 16, torch.bfloat16),
+        (4, 1, 64, 128, 16, torch.int8),
+    ],
+    ids=["three_heads_a_group", "two_folds_of_two_parts_each", "two_blocks_of_heads", "as_tuned", "int8_as_tuned"],
 )
-def test_sizes_that_the_programs_of_a_row_divide_unevenly(
-    heads: int, groups: int, head_dim: int, state: int, replay: int, monkeypatch: pytest.MonkeyPatch
+def test_other_sizes(
+    heads: int,
+    groups: int,
+    head_dim: int,
+    state: int,
+    replay: int,
+    state_dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in {"HEADS": heads, "HEAD_DIM": head_dim, "STATE": state}.items():
         monkeypatch.setitem(globals(), name, value)
-    batch = Batch(slot_format(torch.bfloat16, groups=groups, replay=replay), [7, 2], lengths=[1, 30], gated=True)
-    for launch in (*[REPLAYED] * (replay + 2), PLAIN, REPLAYED):
-        batch.step(launch)
+    form = slot_format(torch.bfloat16, state_dtype, groups=groups, replay=replay)
+    batch = Batch(form, slots=[7, 2], lengths=[1, 30], gated=True)
+    for _ in range(replay + 2):
+        batch.step()
     batch.check()
 
 
@@ -244,15 +239,15 @@ def test_sizes_that_the_programs_of_a_row_divide_unevenly(
 def test_shorter_convolutions_without_a_bias(width: int) -> None:
     batch = Batch(slot_format(torch.float32, width=width), slots=[7, 2], lengths=[1, 30], bias=False)
     for _ in range(width + 1):
-        batch.step(REPLAYED)
+        batch.step()
     batch.check()
 
 
 @both_ways
-def test_time_steps_are_clamped_to_the_limit(launch: Launch) -> None:
-    batch = Batch(slot_format(torch.float32), slots=[7, 2], lengths=[1, 30])
+def test_time_steps_are_clamped_to_the_limit(replay: int) -> None:
+    batch = Batch(slot_format(torch.float32, replay=replay), slots=[7, 2], lengths=[1, 30])
     for _ in range(3):
-        batch.step(launch, limit=(0.2, 0.4))
+        batch.step(limit=(0.2, 0.4))
     batch.check()
 
 
@@ -265,7 +260,7 @@ def test_small_time_steps_keep_their_relative_precision() -> None:
     write_slots(batch.fused, ints([7]), ints([5]), inputs, torch.zeros_like(states))
     batch.exact[0] = batch.exact[0][0], torch.zeros_like(batch.exact[0][1])
     batch.plain[0] = batch.plain[0][0], torch.zeros_like(batch.plain[0][1])
-    batch.step(PLAIN)
+    batch.step()
     state = read_slots(batch.fused, batch.weights.A, plan, inputs)[0].double()
     assert batch.exact[0][1].abs().max() > 0
     torch.testing.assert_close(state, batch.exact[0][1], rtol=1e-5, atol=0)
@@ -276,7 +271,7 @@ def test_heads_that_hardly_decay_drift_no_more_than_in_plain_code(state_dtype: t
     batch = Batch(slot_format(torch.bfloat16, state_dtype), slots=[7], lengths=[1])
     batch.weights.A.fill_(-(2.0**-10))
     for _ in range(4000 if DEVICE.type == "cuda" else 100):
-        batch.step(REPLAYED)
+        batch.step()
     batch.check()
 
 
@@ -285,13 +280,13 @@ def test_a_copied_slot_goes_on_as_the_original(state_dtype: torch.dtype) -> None
     """A slot can be published after any token: its bytes are all there is to it."""
     batch = Batch(slot_format(torch.bfloat16, state_dtype), slots=[7], lengths=[3])
     for _ in range(REPLAY // 2):
-        batch.step(REPLAYED)
+        batch.step()
     batch.pages[5] = batch.pages[7]
     for of_rows, copy in ((batch.slots, 5), (batch.lengths, batch.lengths[0]), (batch.exact, batch.exact[0])):
         of_rows.append(copy)
     batch.plain.append(batch.plain[0])
     for _ in range(REPLAY):
-        batch.step(REPLAYED)
+        batch.step()
     batch.check()
 
 
@@ -303,13 +298,9 @@ def layers_of(*batches: Batch) -> tuple[LayerSlots, list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize("stays", [False, True], ids=["moved", "in_place"])
-@pytest.mark.parametrize(
-    ("dtype", "state_dtype", "launch"),
-    [*((*dtypes, REPLAYED) for dtypes in DTYPES_OF_STATES), (torch.bfloat16, torch.bfloat16, PLAIN)],
-    ids=[*map(str, DTYPES_OF_STATES), "plain"],
-)
+@pytest.mark.parametrize(("dtype", "state_dtype"), DTYPES_OF_STATES, ids=str)
 def test_anchored_slots_are_folded_where_sequences_go_on_in_another_slot_or_in_the_same(
-    dtype: torch.dtype, state_dtype: torch.dtype, stays: bool, launch: Launch
+    dtype: torch.dtype, state_dtype: torch.dtype, stays: bool
 ) -> None:
     form = slot_format(dtype, state_dtype, groups=2, anchored=True)
     first, second = Batch(form, slots=[7, 11], lengths=[3, 8]), Batch(form, slots=[10, 8], lengths=[3, 8])
@@ -318,7 +309,7 @@ def test_anchored_slots_are_folded_where_sequences_go_on_in_another_slot_or_in_t
     layers, _tables = layers_of(first, second)
     for batch in (first, second):
         for _ in range(REPLAY):
-            batch.step(launch)
+            batch.step()
     left = [batch.pages.clone() for batch in (first, second)]
     column = 2 if stays else 1
     move_slots(layers, ints([[1, first.lengths[1], 0, column], [0, first.lengths[0], 0, column]]))
@@ -330,31 +321,28 @@ def test_anchored_slots_are_folded_where_sequences_go_on_in_another_slot_or_in_t
         assert torch.equal(batch.pages[others], before[others])
         assert not batch.fused.ring_dt[batch.slots].any()
         for _ in range(REPLAY):
-            batch.step(launch)
+            batch.step()
         batch.check()
 
 
-@pytest.mark.parametrize(
-    ("more", "width", "launch"),
-    [*((more, WIDTH, REPLAYED) for more in (0, 1, 3, REPLAY)), (3, 2, REPLAYED), (3, WIDTH, PLAIN)],
-)
-def test_what_a_sequence_had_at_its_anchor_is_found_when_it_has_gone_on(more: int, width: int, launch: Launch) -> None:
+@pytest.mark.parametrize(("more", "width"), [*((more, WIDTH) for more in (0, 1, 3, REPLAY)), (3, 2)])
+def test_what_a_sequence_had_at_its_anchor_is_found_when_it_has_gone_on(more: int, width: int) -> None:
     """It is one of two ways in which a slot is found: the other is that the sequence ended where its ring was full."""
     batch = Batch(slot_format(torch.bfloat16, width=width, anchored=True), slots=[7], lengths=[3])
     layers, _tables = layers_of(batch)
     for _ in range(REPLAY):
-        batch.step(launch)
+        batch.step()
     move_slots(layers, ints([[0, batch.lengths[0], 0, 2]]))
     found = batch.lengths[0], batch.exact[0], batch.plain[0]
     for _ in range(more):
-        batch.step(launch)
+        batch.step()
     batch.check()
     for length, exact, plain in {more: (batch.lengths[0], batch.exact[0], batch.plain[0]), 0: found}.values():
         move_slots(layers, ints([[0, length, 0, 1]]))
         batch.slots[0], batch.lengths[0], batch.exact[0], batch.plain[0] = 1, length, exact, plain
         batch.check_states()
         for _ in range(3):
-            batch.step(launch)
+            batch.step()
         batch.check()
 
 
@@ -377,11 +365,11 @@ def test_layers_whose_slots_differ_are_not_moved_together() -> None:
 
 @both_ways
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.int8], ids=str)
-def test_a_sequence_gives_the_same_bits_in_any_slot_and_any_batch(state_dtype: torch.dtype, launch: Launch) -> None:
-    alone = Batch(slot_format(torch.bfloat16, state_dtype), slots=[7], lengths=[3])
-    among = Batch(slot_format(torch.bfloat16, state_dtype), slots=[2, 9, 0], lengths=[3, 5, 4])
+def test_a_sequence_gives_the_same_bits_in_any_slot_and_any_batch(state_dtype: torch.dtype, replay: int) -> None:
+    form = slot_format(torch.bfloat16, state_dtype, replay=replay)
+    alone, among = Batch(form, slots=[7], lengths=[3]), Batch(form, slots=[2, 9, 0], lengths=[3, 5, 4])
     for _ in range(REPLAY + 1):
-        assert torch.equal(alone.step(launch)[0], among.step(launch)[0])
+        assert torch.equal(alone.step()[0], among.step()[0])
     size = alone.pages.shape[1] - 64
     assert torch.equal(alone.pages[7, :size], among.pages[2, :size])
 
@@ -416,6 +404,4 @@ def test_rounding_to_8_bits_keeps_the_mean(dtype: torch.dtype, largest: int, val
 def test_shapes_that_do_not_fit_are_refused() -> None:
     batch = Batch(slot_format(torch.float32), slots=[7], lengths=[3])
     with pytest.raises(ValueError, match="do not fit slots of 4 heads x 16 x 32"):
-        mixer_step(
-            randn(1, 1, 100), batch.weights, NO_LIMIT, batch.fused, decode_plan([7], [4]), randn(2, 1, 64), PLAIN
-        )  # fmt: skip
+        mixer_step(randn(1, 1, 100), batch.weights, NO_LIMIT, batch.fused, decode_plan([7], [4]), randn(2, 1, 64))

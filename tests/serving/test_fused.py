@@ -13,20 +13,12 @@ from vllm.v1.worker import mamba_utils
 
 from vllm_bamba import step_options
 from vllm_bamba.mixer import BambaMixer
-from vllm_bamba.ops.mixer_step import tuning
 from vllm_bamba.prefix.options import active
 from vllm_bamba.state import EIGHT_BITS
 
 FUSED = {"bamba_fused_step": True, "bamba_replay": 8}
 TESTS = pathlib.Path(__file__).parent.parent
 SMALL = {"num_hidden_layers": 3, "attn_layer_indices": [1]}
-
-
-@pytest.fixture
-def both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three rows and more are replayed, fewer written every step: a batch that drains does both."""
-    ways = (tuning.Launch(replays, num_warps=4) for replays in (False, True))
-    monkeypatch.setattr(tuning, "DEFAULT", tuning.Tuning(tuple(zip((2, 1000), ways, strict=True))))
 
 
 @pytest.fixture
@@ -61,7 +53,7 @@ def anchored(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("replay", "changes"), [(0, {}), (8, {"mamba_n_groups": 2}), (8, {"mamba_proj_bias": True})], ids=str
 )
-def test_answers_equal_transformers(replay, changes, tmp_path, both_ways):
+def test_answers_equal_transformers(replay, changes, tmp_path):
     path = save_random(tmp_path, **SMALL, **changes)
     with Engine(path, additional_config=FUSED | {"bamba_replay": replay}) as engine:
         answers = engine.answers(random_prompts([1, 20, 33]), [12, 10, 6])
@@ -70,7 +62,7 @@ def test_answers_equal_transformers(replay, changes, tmp_path, both_ways):
         reference.check(answer)
 
 
-def test_chunked_prefill_and_preemption_equal_undisturbed_requests(tmp_path, both_ways):
+def test_chunked_prefill_and_preemption_equal_undisturbed_requests(tmp_path):
     path = save_random(tmp_path, **SMALL)
     with Engine(path, additional_config=FUSED, enable_prefix_caching=False) as engine:
         block = engine.llm.llm_engine.vllm_config.cache_config.block_size
@@ -85,7 +77,7 @@ def test_chunked_prefill_and_preemption_equal_undisturbed_requests(tmp_path, bot
     assert_same(undisturbed, disturbed)
 
 
-def test_states_in_the_prefix_cache_carry_their_rings(tmp_path, both_ways):
+def test_states_in_the_prefix_cache_carry_their_rings(tmp_path):
     path = save_random(tmp_path, **SMALL)
     first, second, third, fourth = random_prompts([50, 21, 9, 40])
     with Engine(path, additional_config=FUSED) as engine:
@@ -104,7 +96,7 @@ def test_states_in_the_prefix_cache_carry_their_rings(tmp_path, both_ways):
     assert_same(resent, expected)
 
 
-def test_anchored_slots_have_what_a_sequence_had_at_its_last_unit(tmp_path, both_ways, anchored):
+def test_anchored_slots_have_what_a_sequence_had_at_its_last_unit(tmp_path, anchored):
     """Answers that end on a unit and behind one, alone (written every step) and together (replayed)."""
     path = save_random(tmp_path, **SMALL)
     more = random_prompts([21])[0]
@@ -124,7 +116,7 @@ def test_anchored_slots_have_what_a_sequence_had_at_its_last_unit(tmp_path, both
 
 
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
-def test_the_embedded_checkpoint_in_bfloat16_with_states_in_8_bits(dtype, tiny, both_ways):
+def test_the_embedded_checkpoint_in_bfloat16_with_states_in_8_bits(dtype, tiny):
     options = FUSED | {"bamba_state_dtype": dtype}
     with Engine(tiny, dtype="bfloat16", additional_config=options) as engine:
         answers = engine.answers(random_prompts([5, 20, 40], vocabulary=1024, seed=3), 9)

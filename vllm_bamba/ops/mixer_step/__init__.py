@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 import triton
 
+from vllm_bamba.ops.early import EARLY_LAUNCH, starts_early
 from vllm_bamba.ops.mixer_step.kernels import prepare_kernel, replay_kernel, step_kernel
-from vllm_bamba.ops.mixer_step.tuning import PREPARE, Launch, launches_early, tuning_for
+from vllm_bamba.ops.mixer_step.tuning import PREPARE, Launch, launch_for
 from vllm_bamba.state import DecodePlan, FusedSlots, slot_strides
 
 
@@ -57,7 +58,7 @@ def mixer_step(
         slots: read and written in place.
         plan: the batch's decodes, without speculation.
         out: see above; its rows may be parts of longer ones.
-        launch: how; by default what is tuned for the GPU and the number of rows.
+        launch: how; by default what is tuned for the GPU and the slots.
 
     Raises:
         ValueError: shapes do not fit each other.
@@ -66,7 +67,7 @@ def mixer_step(
     heads, head_dim, groups, state = (constants[k] for k in ("HEADS", "HEAD_DIM", "GROUPS", "STATE"))
     rows, width, fold = len(projected), slots.conv.shape[1], slots.anchor is None
     if launch is None:
-        launch = tuning_for(slots.ssm, projected.dtype).launch_for(rows)
+        launch = launch_for(slots, projected.dtype)
     inner, channels = heads * head_dim, slots.conv.shape[2]
     columns = inner + (0 if weights.norm is None else sum_columns(heads))
     if (
@@ -82,30 +83,32 @@ def mixer_step(
         )
     bias, gated = weights.conv_bias is not None, weights.norm is not None
     parameters = (weights.taps, weights.conv_bias, weights.A, weights.D, weights.dt_bias)
-    if not (launch.replays and constants["REPLAY"]):
+    if not constants["REPLAY"]:
+        del constants["REPLAY"]
         step_kernel[heads, rows](
-            projected, out, *parameters, weights.norm, plan.slots, plan.lengths, *slots.of_step,
-            projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step), *dt_limit,
-            **constants, FOLD=fold, WIDTH=width, BIAS=bias, GATED=gated,
+            projected, out, *parameters, weights.norm, plan.slots, plan.lengths, *slots.of_step[:3],
+            projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step[:3]), *dt_limit,
+            **constants, WIDTH=width, BIAS=bias, GATED=gated,
             num_warps=launch.num_warps, maxnreg=launch.max_registers,
         )  # fmt: skip
         return
+    early = starts_early(projected.device)
+    when = EARLY_LAUNCH if early else {}
     convolved = projected.new_empty(rows, channels - inner)
     factors = projected.new_empty(rows, heads * (constants["REPLAY"] + 3), dtype=torch.float32)
     of_group, folded = heads // groups, min(PREPARE.folded, head_dim)
     some_heads = min(PREPARE.heads, triton.next_power_of_2(of_group))
     folds = -(-heads // constants["REPLAY"]) * (head_dim // folded) if fold else 0
     programs = folds + groups * -(-of_group // some_heads)  # as the kernel counts them
-    early = launches_early(projected.device)
     prepare_kernel[programs, rows](
         projected, convolved, factors, *parameters, plan.slots, plan.lengths, *slots.of_step,
         projected.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step), *dt_limit,
         **constants, FOLD=fold, WIDTH=width, BIAS=bias, EARLY=early,
-        BLOCK_HEADS=some_heads, FOLD_DIM=folded, num_warps=PREPARE.num_warps,
+        BLOCK_HEADS=some_heads, FOLD_DIM=folded, num_warps=PREPARE.num_warps, **when,
     )  # fmt: skip
     replay_kernel[heads, rows](
         projected, convolved, factors, out, weights.taps, weights.conv_bias, weights.norm, plan.slots, plan.lengths,
         *slots.of_step, projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step),
         **constants, FOLD=fold, WIDTH=width, BIAS=bias, GATED=gated, EARLY=early,
-        num_warps=launch.num_warps, maxnreg=launch.max_registers, **({"launch_pdl": True} if early else {}),
+        num_warps=launch.num_warps, maxnreg=launch.max_registers, **when,
     )  # fmt: skip

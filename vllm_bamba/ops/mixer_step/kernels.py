@@ -1,9 +1,9 @@
 """One decode step of a whole mixer in Triton; symbols and equations in ../README.md.
 
-`step_kernel` does it at once and writes the state. Where states are replayed, `prepare_kernel` does what a row needs
-once and folds the rings that are full; `replay_kernel` behind it is left with a head's state and ring, which it asks
-for before anything else: it has to keep the memory busy, and with EARLY it starts before `prepare_kernel` has ended.
-Without FOLD all of them leave checkpoints as they are.
+Without rings `step_kernel` does it at once and writes the state. With them `prepare_kernel` does what a row needs once
+and folds the rings that are full, unless FOLD is off; `replay_kernel` behind it is left with a head's state and ring,
+which it asks for before anything else: it has to keep the memory busy. With EARLY it does so while `prepare_kernel` is
+at work (`ops/early.py`).
 
 Inputs of the convolution stand in a ring of `WIDTH` entries indexed by the token's position, of which a step reads all
 but the one that it writes: programs of a row share B and C without waiting for each other.
@@ -70,11 +70,41 @@ def product(x, b, X_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
 
 @triton.jit
 def times_vector(x, vector, X_PARTS: tl.constexpr, PARTS: tl.constexpr, ON_TENSOR_CORES: tl.constexpr):
-    """x [M, K] times a vector [K], in fp32; tensor cores take no narrower matrix than eight columns, all alike here."""
-    if ON_TENSOR_CORES:
-        columns = tl.broadcast_to(vector[:, None], [vector.shape[0], 8])
-        return tl.sum(product(x, columns, X_PARTS, PARTS), 1) * 0.125
-    return tl.sum(x.to(tl.float32) * vector.to(tl.float32)[None, :], 1)
+    """x [M, K] times a vector [K], in fp32.
+
+    Tensor cores take no narrower matrix than eight columns: the vector's parts are a column each.
+    """
+    if (x.dtype == tl.int8) and ON_TENSOR_CORES:
+        y = of_integers(x, vector.to(tl.float32))
+    elif ON_TENSOR_CORES:
+        column = tl.arange(0, 8)[None, :]
+        columns = tl.zeros([vector.shape[0], 8], tl.bfloat16)
+        left = vector.to(tl.float32)
+        for i in tl.static_range(PARTS):
+            part = left.to(tl.bfloat16)
+            left -= part.to(tl.float32)
+            columns = tl.where(column == i, part[:, None], columns)
+        y = tl.sum(product(x, columns, X_PARTS, 1), 1)
+    else:
+        y = tl.sum(x.to(tl.float32) * vector.to(tl.float32)[None, :], 1)
+    return y
+
+
+@triton.jit
+def of_integers(x, vector):
+    """The same for int8, exact but for the vector's parts: three times 8 bits below its largest number."""
+    largest = tl.max(tl.abs(vector), 0)
+    unit = tl.where(largest > 0, largest, 1) / 127
+    left = vector / unit
+    column = tl.arange(0, 8)[None, :]
+    columns, units = tl.zeros([vector.shape[0], 8], tl.float32), tl.zeros([1, 8], tl.float32)
+    for i in tl.static_range(3):
+        part = tl.floor(left + 0.5)
+        left = (left - part) * 254
+        columns = tl.where(column == i, part[:, None], columns)
+        units = tl.where(column == i, unit, units)
+        unit /= 254
+    return tl.sum(tl.dot(x, columns.to(tl.int8), out_dtype=tl.int32).to(tl.float32) * units, 1)
 
 
 @triton.jit
@@ -166,32 +196,27 @@ def store_state(state, ssm, scale, rows, tile, position, QUANTISED: tl.constexpr
 
 
 @triton.jit
-def gated(y, projected, norm_weight, out, rows, GATED: tl.constexpr):
-    """Store y of some channels, gated and weighted if asked to; returns the sum of squares of what is gated."""
-    squares = 0.0
+def store_gated(y, projected, norm_weight, out, rows, sums, GATED: tl.constexpr):
+    """Store y of a head's channels, gated and weighted if asked to, and at `sums` the sum of squares of what is gated.
+
+    The sum is two numbers of the output's precision.
+    """
     if GATED:
         y *= silu(tl.load(projected + rows).to(tl.float32))
-        squares = tl.sum(y * y, 0)
+        high, low = in_two(tl.sum(y * y, 0), out.dtype.element_ty)
+        tl.store(out + sums, high)
+        tl.store(out + sums + 1, low)
         y *= tl.load(norm_weight + rows).to(tl.float32)
     tl.store(out + rows, y.to(out.dtype.element_ty))
-    return squares
 
 
 @triton.jit
-def store_sum(squares, out, column):
-    """The sum of squares of a head's channels as two numbers of the output's precision."""
-    high, low = in_two(squares, out.dtype.element_ty)
-    tl.store(out + column, high)
-    tl.store(out + column + 1, low)
-
-
-@triton.jit
-def store_padding(out, rows, column, GATED: tl.constexpr):
+def store_padding(out, rows, sums, GATED: tl.constexpr):
     """What is added up over ranks and scaled later must be finite."""
     zero = tl.zeros([rows.shape[0]], out.dtype.element_ty)
     tl.store(out + rows, zero)
     if GATED:
-        tl.store(out + column + tl.arange(0, 2), tl.zeros([2], out.dtype.element_ty))
+        tl.store(out + sums + tl.arange(0, 2), tl.zeros([2], out.dtype.element_ty))
 
 
 @triton.jit
@@ -209,14 +234,13 @@ def time_step(dt, dt_bias, low, high):
 @of_any_batch
 def step_kernel(
     projected, out, conv_weight, conv_bias, a_ptr, d_ptr, dt_bias, norm_weight, slots, lengths,
-    conv, ssm, scale, ring_x, ring_b, ring_dt,
-    projected_stride, out_stride, slots_stride,
-    conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
+    conv, ssm, scale,
+    projected_stride, out_stride, slots_stride, conv_stride, ssm_stride, scale_stride,
     dt_low, dt_high,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr, WIDTH: tl.constexpr,
-    REPLAY: tl.constexpr, FOLD: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, QUANTISED: tl.constexpr,
+    BIAS: tl.constexpr, GATED: tl.constexpr, QUANTISED: tl.constexpr,
 ):  # fmt: skip
-    """A whole step that writes the state, or with FOLD off the ring; a program a head and row."""
+    """A whole step that writes the state; a program a head and row."""
     head, row = tl.program_id(0), tl.program_id(1)
     inner: tl.constexpr = HEADS * HEAD_DIM
     bc: tl.constexpr = GROUPS * STATE
@@ -251,29 +275,10 @@ def step_kernel(
 
     a = tl.load(a_ptr + head)
     dt = time_step(tl.load(xbc + channels + head), tl.load(dt_bias + head), dt_low, dt_high)
-    state = widened(kept, scale, rows, QUANTISED)
-    if REPLAY > 0:
-        ring_x += slot * ring_x_stride + head * REPLAY * HEAD_DIM
-        ring_b += slot * ring_b_stride + group * STATE
-        ring_dt += slot * ring_dt_stride + head * REPLAY
-        entries = tl.arange(0, REPLAY)
-        if tl.sum(tl.load(ring_dt + entries), 0) > 0:  # tokens that a larger batch has left, or since the checkpoint
-            state = fold(state, a, position - 1, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, bc, REPLAY)
-            if FOLD:
-                tl.store(ring_dt + entries, tl.zeros([REPLAY], tl.float32))
-    state = state * tl.exp(dt * a) + (dt * x)[:, None] * b[None, :]
+    state = widened(kept, scale, rows, QUANTISED) * tl.exp(dt * a) + (dt * x)[:, None] * b[None, :]
     y = tl.sum(state * c[None, :], 1) + tl.load(d_ptr + head).to(tl.float32) * x
-    squares = gated(y, projected, norm_weight, out, rows, GATED)
-    if FOLD:
-        store_state(state, ssm, scale, rows, values, position, QUANTISED)
-    else:
-        entry = position % REPLAY
-        tl.store(ring_x + entry * HEAD_DIM + p, x.to(ring_x.dtype.element_ty))
-        tl.store(ring_dt + entry, dt)
-        if head % (HEADS // GROUPS) == 0:
-            tl.store(ring_b + entry * bc + n, b.to(ring_b.dtype.element_ty))
-    if GATED:
-        store_sum(squares, out, inner + 2 * head)
+    store_gated(y, projected, norm_weight, out, rows, inner + 2 * head, GATED)
+    store_state(state, ssm, scale, rows, values, position, QUANTISED)
 
 
 @triton.jit
@@ -304,6 +309,7 @@ def prepare_kernel(
     counts for, HEADS x REPLAY; how far each head's checkpoint has decayed; what its new x counts for; its time step.
     """
     if EARLY:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     part, row = tl.program_id(0), tl.program_id(1)
     inner: tl.constexpr = HEADS * HEAD_DIM
@@ -387,7 +393,6 @@ def replay_kernel(
 ):  # fmt: skip
     """The step behind `prepare_kernel`: reads a checkpoint and its ring, adds the token to the ring.
 
-    With EARLY it may start while `prepare_kernel` runs, and asks for what that one leaves alone.
     A head's factors are asked for where they are needed: sooner, one warp's 8-bit states do not fit 128 registers.
     """
     head, row = tl.program_id(0), tl.program_id(1)
@@ -400,9 +405,9 @@ def replay_kernel(
     out += row * out_stride
     slot, position = where_from(slots, slots_stride, lengths, row)
     if slot == 0:
-        store_padding(out, rows, inner + 2 * head, GATED)
         if EARLY:
-            tl.extra.cuda.gdc_wait()  # whoever comes behind this kernel comes behind `prepare_kernel`, too
+            tl.extra.cuda.gdc_wait()
+        store_padding(out, rows, inner + 2 * head, GATED)
         return
     folded = is_folded(head, position, REPLAY, FOLD)
     if EARLY and FOLD:  # noqa: SIM102  the compiler decides this one, each program the next
@@ -414,7 +419,7 @@ def replay_kernel(
     projected += row * projected_stride
     conv += slot * conv_stride
     x_new = tl.load(projected + inner + rows)
-    live = tl.load(ring_dt, mask=k < REPLAY, other=0) > 0
+    live = tl.load(ring_dt, mask=k < REPLAY, other=0) > 0  # what other entries hold may be NaN
     past = tl.load(ring_x + k[None, :] * HEAD_DIM + p[:, None], mask=live[None, :], other=0)
     x = convolve(x_new, conv, conv_weight, conv_bias, rows, position, channels, WIDTH, BIAS)
     tl.store(conv + position % WIDTH * channels + rows, x_new)
@@ -434,9 +439,7 @@ def replay_kernel(
     if QUANTISED:
         y *= tl.load(scale + slot * scale_stride + rows)
     y += times_vector(past, counts, X_PARTS, 3, BF16) + tl.load(factors + HEADS) * x
-    squares = gated(y, projected, norm_weight, out, rows, GATED)
-    if GATED:
-        store_sum(squares, out, inner + 2 * head)
+    store_gated(y, projected, norm_weight, out, rows, inner + 2 * head, GATED)
 
     entry = position % REPLAY
     tl.store(ring_x + entry * HEAD_DIM + p, x.to(ring_x.dtype.element_ty))

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import torch
 from op_inputs import Problem
@@ -25,9 +24,6 @@ from vllm_bamba.ops.ssd_prefill.reference import ssd_prefill_reference
 from vllm_bamba.ops.ssm_step import ssm_step
 from vllm_bamba.ops.ssm_step.reference import ssm_step_reference
 from vllm_bamba.state import SlotFormat, mixer_shard
-
-if TYPE_CHECKING:
-    from vllm_bamba.ops.mixer_step.tuning import Launch
 
 OURS, VLLM, MAMBA_SSM = "vllm_bamba", "vllm", "mamba_ssm"
 Call = Callable[[], torch.Tensor]
@@ -212,14 +208,14 @@ def step(p: Problem) -> Case:
     return Case(calls, reference, moved, 5 * state[1:].numel())
 
 
-def fused_step(p: Problem, int8: bool = False, launches: "Mapping[str, Launch] | None" = None) -> Case:
+def fused_step(p: Problem, int8: bool = False, warps: Mapping[str, int] | None = None) -> Case:
     """The whole step between a mixer's projections; vLLM's is its convolution and its state update.
 
-    Rings are as they are on average. `launches` are by name; without them it is the one that is tuned.
+    Rings are as they are on average. `warps` of a head's program are by name; without them those that are tuned.
     """
     from vllm_bamba.ops.mixer_step import StepWeights, mixer_step
     from vllm_bamba.ops.mixer_step.reference import mixer_step_reference
-    from vllm_bamba.ops.mixer_step.tuning import launch_for
+    from vllm_bamba.ops.mixer_step.tuning import warps_for
 
     (heads, head_dim), (groups, width), taps = p.heads, p.groups, p.shape.conv_width
     inner, replay = heads * head_dim, 16
@@ -239,7 +235,7 @@ def fused_step(p: Problem, int8: bool = False, launches: "Mapping[str, Launch] |
     filled = (before + torch.arange(heads, device=p.device)) % replay + 1  # entries of each head
     slots.ring_dt.abs_().mul_(0.05)
     slots.ring_dt[used] *= ages[:, None] <= filled[:, :, None]
-    launches = launches or {OURS: launch_for(slots, p.dtype)}
+    warps = warps or {OURS: warps_for(slots, p.dtype)}
     out = torch.empty(p.tokens, inner, dtype=p.dtype, device=p.device)
 
     # the same slots as vLLM keeps them: inputs of the convolution oldest first, the state with the ring's tokens in it
@@ -261,8 +257,8 @@ def fused_step(p: Problem, int8: bool = False, launches: "Mapping[str, Launch] |
     weights, given = StepWeights(weight.T.contiguous(), bias, A, D, dt_bias, None), projected.clone()
     start_gpu_backend(p)
 
-    def ours(launch: "Launch") -> torch.Tensor:
-        mixer_step(given, weights, NO_TIME_STEP_LIMIT, slots, plan, out, launch)
+    def ours(num_warps: int) -> torch.Tensor:
+        mixer_step(given, weights, NO_TIME_STEP_LIMIT, slots, plan, out, num_warps)
         return out
 
     def vllms() -> torch.Tensor:
@@ -281,7 +277,7 @@ def fused_step(p: Problem, int8: bool = False, launches: "Mapping[str, Launch] |
     scale = 0 if slots.scale is None else _size(slots.scale[1:])
     kept = _size(slots.ssm[1:]) * (replay + 1) // replay + scale + _size(slots.ring_x[1:], slots.ring_b[1:]) // 2
     moved = _size(projected, out, weight, bias, A, D, dt_bias) + kept + 2 * _size(slots.conv[1:])
-    calls: dict[str, Call] = {name: functools.partial(ours, launch) for name, launch in launches.items()}
+    calls: dict[str, Call] = {name: functools.partial(ours, number) for name, number in warps.items()}
     rounding = 1 / 127 if int8 else 0.0  # one step of a row: rings that are full are folded in front of the step
     return Case(calls | {VLLM: vllms}, reference, moved, 3 * state.numel(), rounding)
 

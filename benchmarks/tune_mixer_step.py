@@ -1,4 +1,4 @@
-"""Find the launches of the fused decode step that serve fastest, for the tables of its `tuning.py`.
+"""Find the warps of the fused decode step's programs that serve fastest, for the table of its `tuning.py`.
 
     python benchmarks/tune_mixer_step.py
 
@@ -20,11 +20,7 @@ from op_inputs import Problem
 from rows import Results, add_arguments, dtype_name, dtype_of, progress
 from timing import Samples, interleaved, measure_limits
 
-from vllm_bamba.ops.mixer_step.tuning import Launch
-
-CANDIDATES = {
-    str(launch): launch for launch in (*(Launch(warps) for warps in (1, 2, 4, 8)), Launch(1, max_registers=128))
-}
+CANDIDATES = {f"{warps} warps": warps for warps in (1, 2, 4, 8)}
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -38,12 +34,12 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def compile_one(problem: Problem, int8: bool, name: str, launch: Launch) -> None:
+def compile_one(problem: Problem, int8: bool, name: str, warps: int) -> None:
     """In a process of its own; the next process finds the kernel on the disk."""
-    fused_step(problem, int8, {name: launch}).calls[name]()
+    fused_step(problem, int8, {name: warps}).calls[name]()
 
 
-def times_of(problem: Problem, int8: bool, right: Mapping[str, Launch], repeats: int) -> dict[str, Samples]:
+def times_of(problem: Problem, int8: bool, right: Mapping[str, int], repeats: int) -> dict[str, Samples]:
     """Times of all candidates and of vLLM's operators on one batch."""
     times = interleaved(fused_step(problem, int8, right).calls, repeats, problem.seed)
     torch.cuda.empty_cache()
@@ -51,7 +47,7 @@ def times_of(problem: Problem, int8: bool, right: Mapping[str, Launch], repeats:
 
 
 def best(times: Sequence[Mapping[str, Samples]]) -> str:
-    """The launch whose times, each as a share of the batch's fastest, have the smallest mean."""
+    """The candidate whose times, each as a share of the batch's fastest, have the smallest mean."""
     ours = [{name: samples.median for name, samples in batch.items() if name != VLLM} for batch in times]
     return min(ours[0], key=lambda name: sum(batch[name] / min(batch.values()) for batch in ours))
 
@@ -79,10 +75,10 @@ def main(argv: Sequence[str]) -> None:
             state_dtype="int8" if int8 else dtype_name(dtype),
             cache_mode="none",
         )
-        wrong = wrong_ones(functools.partial(fused_step, int8=int8, launches=CANDIDATES), small)
+        wrong = wrong_ones(functools.partial(fused_step, int8=int8, warps=CANDIDATES), small)
         for name in wrong.keys() & CANDIDATES.keys():
             progress(f"left out: {name} {wrong[name]}")
-        right = {name: launch for name, launch in CANDIDATES.items() if name not in wrong}
+        right = {name: warps for name, warps in CANDIDATES.items() if name not in wrong}
         every = []
         for batch in args.batches:
             problem = Problem.of(args.shape, batch, dtype, dtype, args.seed)

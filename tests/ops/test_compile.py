@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from vllm_bamba.ops.mixer_step.tuning import DEFAULT, PREPARE, TUNED, Launch
+from vllm_bamba.ops.mixer_step.tuning import DEFAULT_WARPS, PREPARE, WARPS
 from vllm_bamba.ops.skinny_linear.tuning import TUNED as PRODUCTS_TUNED
 
 SHAPE = {"HEADS": 128, "HEAD_DIM": 64, "GROUPS": 1, "STATE": 128, "WIDTH": 4, "BIAS": True}
@@ -32,12 +32,19 @@ UNALIGNED = {
 SIZES = {"rows", "N", "K"}
 STATES = {"fp32": False, "bf16": False, "fp16": False, "i8": True, "fp8e4nv": True}
 BLOCKS = {"gate": 8192, "read": 1024, "write": 1024, "move": 1024}
-STEP = [{"kernel": "step", "state": state, "launch": DEFAULT} for state in STATES]
+STEP = [{"kernel": "step", "state": state} for state in STATES]
 STEP += [
-    {"kernel": "replay", "state": state, "REPLAY": 16, "FOLD": fold, "launch": launch}
+    {"kernel": "replay", "state": state, "REPLAY": 16, "FOLD": fold, "warps": warps}
     for state, size in {"fp32": 4, "bf16": 2, "fp16": 2, "i8": 1, "fp8e4nv": 1}.items()
-    for launch in dict.fromkeys((DEFAULT, TUNED.get(((9, 0), size), DEFAULT)))
+    for warps in dict.fromkeys((DEFAULT_WARPS, WARPS.get(((9, 0), size), DEFAULT_WARPS)))
     for fold in (True, False)
+]
+STEP += [{"kernel": "replay", "state": "i8", "REPLAY": 16, "STATE": 16, "INTEGERS": False}]
+STEP += [
+    {"kernel": kernel, "state": state, "REPLAY": 16, "EARLY": False, "INTEGERS": False, "capability": capability}
+    for kernel in ("prepare", "replay")
+    for state in ("bf16", "i8")
+    for capability in (80, 100)
 ]
 OTHERS = [
     {"kernel": kernel, "state": state, "REPLAY": 16}
@@ -96,10 +103,11 @@ def compile_one(case: dict[str, Any]) -> str:
         "gate": gate_kernel,
         "linear": linear_kernel,
     }
-    warps = {"gate": 8, "prepare": PREPARE.num_warps}.get(case["kernel"], 4)
-    kernel, launch = kernels[case["kernel"]], case.get("launch", Launch(num_warps=warps))
+    kernel, launch = kernels[case["kernel"]], case.get("launch")
+    warps = {"gate": 8, "prepare": PREPARE.num_warps}.get(case["kernel"], case.get("warps", DEFAULT_WARPS))
     constants = SHAPE | {"QUANTISED": STATES[case["state"]], "GATED": True, "FOLD": True, "ANCHORED": True}
     constants |= {"COLUMNS": 8192, "SUMS": 64, "BLOCK": BLOCKS.get(case["kernel"]), "EARLY": True}
+    constants |= {"INTEGERS": case["state"] == "i8"}
     constants |= {"BLOCK_HEADS": PREPARE.heads, "FOLD_DIM": PREPARE.folded}
     constants |= {name: value for name, value in case.items() if name.isupper()}
     signature, fixed, hints = {}, {}, {}
@@ -117,8 +125,8 @@ def compile_one(case: dict[str, Any]) -> str:
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=hints)
     binary = triton.compile(
         source,
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": launch.num_warps, "maxnreg": getattr(launch, "max_registers", None)},
+        target=GPUTarget("cuda", case.get("capability", 90), 32),
+        options={"num_warps": launch.num_warps if launch else warps},
     )
     tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

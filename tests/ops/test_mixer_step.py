@@ -25,6 +25,7 @@ from vllm_bamba.sharding import MixerShard
 from vllm_bamba.state import EIGHT_BITS, FusedSlots, SlotFormat
 
 HEADS, HEAD_DIM, STATE, WIDTH, REPLAY = 4, 16, 32, 4, 8
+AS_TUNED = {"HEAD_DIM": 64, "STATE": 128}
 
 
 def slot_format(
@@ -68,27 +69,26 @@ class Batch:
 
     def step(self, limit: tuple[float, float] = NO_LIMIT) -> torch.Tensor:
         """One token for each sequence; what comes out is compared in `check`."""
-        rows = list(range(len(self.slots)))
-        for row in rows:
-            self.lengths[row] += 1
+        rows = range(len(self.slots))
+        self.lengths = [length + 1 for length in self.lengths]
         self.seed += 1
         inner, gated = HEADS * HEAD_DIM, self.weights.norm is not None
         given = randn_rows(self.seed, len(rows), 2 * inner + 2 * self.groups * STATE + HEADS, dtype=self.form.dtype)
         columns = inner + (sum_columns(HEADS) if gated else 0)
         out = inside(torch.full((len(rows), columns), float("nan"), dtype=self.form.dtype, device=DEVICE))
-        plan = decode_plan([self.slots[row] for row in rows], [self.lengths[row] for row in rows])
+        plan = decode_plan(self.slots, self.lengths)
         mixer_step(inside(given), self.weights, limit, self.fused, plan, out)
-        for i, row in enumerate(rows):
+        for row in rows:
             if not self.slots[row]:
-                assert not out[i].any()
+                assert not out[row].any()
                 continue
             if row == len(self.seen):
                 self.seen.append(([], []))
-            exact, exact_square, self.exact[row] = self._reference(given[i].double(), self.exact[row], limit)
-            plain, plain_square, (inputs, state) = self._reference(given[i], self.plain[row], limit)
+            exact, exact_square, self.exact[row] = self._reference(given[row].double(), self.exact[row], limit)
+            plain, plain_square, (inputs, state) = self._reference(given[row], self.plain[row], limit)
             self.plain[row] = inputs, stored(state, self.form, 1000 * row + self.seed)
-            square = out[i, inner:].double().sum()
-            self.seen[row][0].append(torch.stack([out[i, :inner].double(), exact, plain.double()]))
+            square = out[row, inner:].double().sum()
+            self.seen[row][0].append(torch.stack([out[row, :inner].double(), exact, plain.double()]))
             self.seen[row][1].append(torch.stack([square, exact_square, plain_square.double()]))
         return out
 
@@ -214,8 +214,16 @@ def test_each_group_of_heads_has_its_own_b_and_c(groups: int, replay: int) -> No
         (72, 1, 16, 16, 16, torch.bfloat16),
         (4, 1, 64, 128, 16, torch.bfloat16),
         (4, 1, 64, 128, 16, torch.int8),
+        (6, 2, 16, 16, 32, torch.int8),
     ],
-    ids=["three_heads_a_group", "two_folds_of_two_parts_each", "two_blocks_of_heads", "as_tuned", "int8_as_tuned"],
+    ids=[
+        "three_heads_a_group",
+        "two_folds_of_two_parts_each",
+        "two_blocks_of_heads",
+        "as_tuned",
+        "int8_as_tuned",
+        "int8_narrow",
+    ],
 )
 def test_other_sizes(
     heads: int,
@@ -365,13 +373,79 @@ def test_layers_whose_slots_differ_are_not_moved_together() -> None:
 
 @both_ways
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.int8], ids=str)
-def test_a_sequence_gives_the_same_bits_in_any_slot_and_any_batch(state_dtype: torch.dtype, replay: int) -> None:
+def test_a_sequence_gives_the_same_bits_in_any_slot_and_any_batch(
+    state_dtype: torch.dtype, replay: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in AS_TUNED.items():
+        monkeypatch.setitem(globals(), name, value)
     form = slot_format(torch.bfloat16, state_dtype, replay=replay)
     alone, among = Batch(form, slots=[7], lengths=[3]), Batch(form, slots=[2, 9, 0], lengths=[3, 5, 4])
     for _ in range(REPLAY + 1):
         assert torch.equal(alone.step()[0], among.step()[0])
     size = alone.pages.shape[1] - 64
     assert torch.equal(alone.pages[7, :size], among.pages[2, :size])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("anchored", [False, True], ids=["folding", "anchored"])
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_starting_early_changes_no_bits(
+    state_dtype: torch.dtype, anchored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers between products, in one CUDA graph whose buffers share memory: what is read too soon is another's."""
+    for name, value in AS_TUNED.items():
+        monkeypatch.setitem(globals(), name, value)
+    form = slot_format(torch.bfloat16, state_dtype, replay=16, anchored=anchored)
+    rows, inner, columns = 33, HEADS * HEAD_DIM, 2 * HEADS * HEAD_DIM + 2 * STATE + HEADS
+    weights = Batch(form, slots=[1], lengths=[1], gated=True).weights
+    into = [randn(20 + layer, columns, 512, dtype=torch.bfloat16, scale=512**-0.5) for layer in range(3)]
+    back = [randn(30 + layer, 512, inner, dtype=torch.bfloat16, scale=inner**-0.5) for layer in range(3)]
+    start = randn(40, rows, 512, dtype=torch.bfloat16)
+    checkpoints = [
+        randn(50 + layer, rows + 1, HEADS, HEAD_DIM, STATE, scale=20.0).to(state_dtype) for layer in range(3)
+    ]
+    plan = decode_plan([*range(1, rows), 0], [32] * rows)
+
+    def run(early: bool) -> torch.Tensor:
+        monkeypatch.setattr("vllm_bamba.ops.mixer_step.starts_early", lambda device: early)
+        layers = [form.empty(rows + 1, DEVICE) for _ in checkpoints]
+        seen = torch.empty(15 if anchored else 40, rows, 512, dtype=torch.bfloat16, device=DEVICE)
+
+        def reset() -> None:
+            for slots, checkpoint in zip(layers, checkpoints, strict=True):
+                for tensor in slots:
+                    if tensor is not None:
+                        tensor.zero_()
+                slots.ssm.copy_(checkpoint)
+                if slots.scale is not None:
+                    slots.scale.fill_(0.05)
+            plan.lengths.fill_(32)
+
+        def steps() -> None:
+            x = start
+            for step in seen:
+                plan.lengths.add_(1)
+                for slots, first, second in zip(layers, into, back, strict=True):
+                    out = x.new_empty(rows, inner + sum_columns(HEADS))
+                    mixer_step(x @ first.t(), weights, NO_LIMIT, slots, plan, out)
+                    x = torch.nn.functional.rms_norm(out[:, :inner] @ second.t(), (512,))
+                step.copy_(x)
+
+        reset()
+        steps()
+        eager = seen.clone()
+        reset()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            steps()
+        graph.replay()
+        assert torch.equal(seen, eager)
+        return eager
+
+    late = run(early=False)
+    assert late[:, :-1].isfinite().all()
+    assert late.unique(dim=0).shape == late.shape
+    assert torch.equal(run(early=True), late)
 
 
 @pytest.mark.parametrize(

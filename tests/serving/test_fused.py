@@ -81,7 +81,7 @@ def test_states_in_the_prefix_cache_carry_their_rings(tmp_path):
     path = save_random(tmp_path, **SMALL)
     first, second, third, fourth = random_prompts([50, 21, 9, 40])
     with Engine(path, additional_config=FUSED) as engine:
-        answers = engine.answers([first, third, fourth], 30, prompt_logprobs=False)  # three rows: replayed
+        answers = engine.answers([first, third, fourth], 30, prompt_logprobs=False)
         turns = [answer.prompt + answer.generated + second for answer in answers]
         outputs = engine.llm.generate([{"prompt_token_ids": turns[0]}], greedy(1, False), use_tqdm=False)
         assert outputs[0].num_cached_tokens == (len(first) + 29) // 16 * 16  # the last token was never computed
@@ -97,7 +97,7 @@ def test_states_in_the_prefix_cache_carry_their_rings(tmp_path):
 
 
 def test_anchored_slots_have_what_a_sequence_had_at_its_last_unit(tmp_path, anchored):
-    """Answers that end on a unit and behind one, alone (written every step) and together (replayed)."""
+    """Answers that end on a unit and behind one, alone and together."""
     path = save_random(tmp_path, **SMALL)
     more = random_prompts([21])[0]
     with Engine(path, additional_config=FUSED | {"bamba_replay": 16}) as engine:

@@ -127,8 +127,7 @@ def test_adapter_equals_merged_model_and_leaves_other_requests_alone(step, heads
 
 
 @each_step
-def test_more_sequences_than_are_written_every_step_equal_transformers(step, tiny):
-    """Twenty rows are replayed on a ring and drain to one, whose state is written every step."""
+def test_more_sequences_that_drain_to_one_equal_transformers(step, tiny):
     prompts = random_prompts([7 + 3 * i for i in range(20)], vocabulary=1024, seed=5)
     with Engine(tiny, **DEFAULTS, max_num_seqs=32, additional_config=step) as engine:
         answers = engine.answers(prompts, [20 + 4 * i for i in range(20)], prompt_logprobs=False)

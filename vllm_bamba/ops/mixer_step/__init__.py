@@ -5,9 +5,8 @@ from typing import NamedTuple
 import torch
 import triton
 
-from vllm_bamba.ops.early import EARLY_LAUNCH, starts_early
 from vllm_bamba.ops.mixer_step.kernels import prepare_kernel, replay_kernel, step_kernel
-from vllm_bamba.ops.mixer_step.tuning import PREPARE, Launch, launch_for
+from vllm_bamba.ops.mixer_step.tuning import PREPARE, multiplies_integers, starts_early, warps_for
 from vllm_bamba.state import DecodePlan, FusedSlots, slot_strides
 
 
@@ -41,7 +40,7 @@ def mixer_step(
     slots: FusedSlots,
     plan: DecodePlan,
     out: torch.Tensor,
-    launch: Launch | None = None,
+    num_warps: int | None = None,
 ) -> None:
     """Advance each row's slot by one token; rows whose slot is 0 are padding and give zeros.
 
@@ -58,7 +57,7 @@ def mixer_step(
         slots: read and written in place.
         plan: the batch's decodes, without speculation.
         out: see above; its rows may be parts of longer ones.
-        launch: how; by default what is tuned for the GPU and the slots.
+        num_warps: of a head's program; by default what is tuned for the GPU and the slots.
 
     Raises:
         ValueError: shapes do not fit each other.
@@ -66,8 +65,8 @@ def mixer_step(
     constants = slots.constants()
     heads, head_dim, groups, state = (constants[k] for k in ("HEADS", "HEAD_DIM", "GROUPS", "STATE"))
     rows, width, fold = len(projected), slots.conv.shape[1], slots.anchor is None
-    if launch is None:
-        launch = launch_for(slots, projected.dtype)
+    if num_warps is None:
+        num_warps = warps_for(slots, projected.dtype)
     inner, channels = heads * head_dim, slots.conv.shape[2]
     columns = inner + (0 if weights.norm is None else sum_columns(heads))
     if (
@@ -88,12 +87,10 @@ def mixer_step(
         step_kernel[heads, rows](
             projected, out, *parameters, weights.norm, plan.slots, plan.lengths, *slots.of_step[:3],
             projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step[:3]), *dt_limit,
-            **constants, WIDTH=width, BIAS=bias, GATED=gated,
-            num_warps=launch.num_warps, maxnreg=launch.max_registers,
+            **constants, WIDTH=width, BIAS=bias, GATED=gated, num_warps=num_warps,
         )  # fmt: skip
         return
     early = starts_early(projected.device)
-    when = EARLY_LAUNCH if early else {}
     convolved = projected.new_empty(rows, channels - inner)
     factors = projected.new_empty(rows, heads * (constants["REPLAY"] + 3), dtype=torch.float32)
     of_group, folded = heads // groups, min(PREPARE.folded, head_dim)
@@ -104,11 +101,12 @@ def mixer_step(
         projected, convolved, factors, *parameters, plan.slots, plan.lengths, *slots.of_step,
         projected.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step), *dt_limit,
         **constants, FOLD=fold, WIDTH=width, BIAS=bias, EARLY=early,
-        BLOCK_HEADS=some_heads, FOLD_DIM=folded, num_warps=PREPARE.num_warps, **when,
+        BLOCK_HEADS=some_heads, FOLD_DIM=folded, num_warps=PREPARE.num_warps,
     )  # fmt: skip
     replay_kernel[heads, rows](
         projected, convolved, factors, out, weights.taps, weights.conv_bias, weights.norm, plan.slots, plan.lengths,
         *slots.of_step, projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step),
         **constants, FOLD=fold, WIDTH=width, BIAS=bias, GATED=gated, EARLY=early,
-        num_warps=launch.num_warps, maxnreg=launch.max_registers, **when,
+        INTEGERS=multiplies_integers(slots, projected.dtype), num_warps=num_warps,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip

@@ -3,7 +3,7 @@
 Without rings `step_kernel` does it at once and writes the state. With them `prepare_kernel` does what a row needs once
 and folds the rings that are full, unless FOLD is off; `replay_kernel` behind it is left with a head's state and ring,
 which it asks for before anything else: it has to keep the memory busy. With EARLY it does so while `prepare_kernel` is
-at work (`ops/early.py`).
+at work (programmatic dependent launch).
 
 Inputs of the convolution stand in a ring of `WIDTH` entries indexed by the token's position, of which a step reads all
 but the one that it writes: programs of a row share B and C without waiting for each other.
@@ -74,9 +74,7 @@ def times_vector(x, vector, X_PARTS: tl.constexpr, PARTS: tl.constexpr, ON_TENSO
 
     Tensor cores take no narrower matrix than eight columns: the vector's parts are a column each.
     """
-    if (x.dtype == tl.int8) and ON_TENSOR_CORES:
-        y = of_integers(x, vector.to(tl.float32))
-    elif ON_TENSOR_CORES:
+    if ON_TENSOR_CORES:
         column = tl.arange(0, 8)[None, :]
         columns = tl.zeros([vector.shape[0], 8], tl.bfloat16)
         left = vector.to(tl.float32)
@@ -91,8 +89,8 @@ def times_vector(x, vector, X_PARTS: tl.constexpr, PARTS: tl.constexpr, ON_TENSO
 
 
 @triton.jit
-def of_integers(x, vector):
-    """The same for int8, exact but for the vector's parts: three times 8 bits below its largest number."""
+def integers_times_vector(x, vector):
+    """The same of int8 by integers: exact but for the vector, which is rounded to 2^-23 of its largest number."""
     largest = tl.max(tl.abs(vector), 0)
     unit = tl.where(largest > 0, largest, 1) / 127
     left = vector / unit
@@ -309,7 +307,6 @@ def prepare_kernel(
     counts for, HEADS x REPLAY; how far each head's checkpoint has decayed; what its new x counts for; its time step.
     """
     if EARLY:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     part, row = tl.program_id(0), tl.program_id(1)
     inner: tl.constexpr = HEADS * HEAD_DIM
@@ -389,11 +386,11 @@ def replay_kernel(
     conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr, WIDTH: tl.constexpr,
     REPLAY: tl.constexpr, FOLD: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, QUANTISED: tl.constexpr,
-    EARLY: tl.constexpr,
+    EARLY: tl.constexpr, INTEGERS: tl.constexpr,
 ):  # fmt: skip
     """The step behind `prepare_kernel`: reads a checkpoint and its ring, adds the token to the ring.
 
-    A head's factors are asked for where they are needed: sooner, one warp's 8-bit states do not fit 128 registers.
+    With EARLY it starts while that one is at work, and ahead of its wait leaves alone what that one writes.
     """
     head, row = tl.program_id(0), tl.program_id(1)
     inner: tl.constexpr = HEADS * HEAD_DIM
@@ -406,7 +403,7 @@ def replay_kernel(
     slot, position = where_from(slots, slots_stride, lengths, row)
     if slot == 0:
         if EARLY:
-            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_wait()  # all must: who comes behind this kernel comes behind `prepare_kernel` by that
         store_padding(out, rows, inner + 2 * head, GATED)
         return
     folded = is_folded(head, position, REPLAY, FOLD)
@@ -435,7 +432,9 @@ def replay_kernel(
     STATE_PARTS: tl.constexpr = 3 if tl.float32 == STORED else 2 if tl.float16 == STORED else 1
     X_PARTS: tl.constexpr = 1 if ring_x.dtype.element_ty == tl.bfloat16 else 3
     BF16: tl.constexpr = convolved.dtype.element_ty == tl.bfloat16  # tensor cores cut sums off where fp32 would round
-    y = times_vector(kept, tl.load(b + bc), STATE_PARTS, 1, BF16) * tl.load(factors)
+    c = tl.load(b + bc)
+    y = integers_times_vector(kept, c.to(tl.float32)) if INTEGERS else times_vector(kept, c, STATE_PARTS, 1, BF16)
+    y *= tl.load(factors)
     if QUANTISED:
         y *= tl.load(scale + slot * scale_stride + rows)
     y += times_vector(past, counts, X_PARTS, 3, BF16) + tl.load(factors + HEADS) * x

@@ -1,23 +1,13 @@
-"""How the kernels are launched. Nothing is tried out at run time: start-up is short and results repeat."""
+"""How the kernels are launched. Nothing is tried out at run time: start-up is short and results repeat.
+
+`num_warps` of the programs that serve a head of a row changes speed and, through the order of sums, last bits.
+"""
 
 from dataclasses import dataclass
 
 import torch
 
 from vllm_bamba.state import FusedSlots
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Choices that change speed and, through the order of sums, last bits.
-
-    Attributes:
-        num_warps: of the program that serves a head of a row (`PREPARE` has those of the kernel in front).
-        max_registers: of a thread, for the compiler; None leaves it the choice, which is as many as it can use.
-    """
-
-    num_warps: int
-    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -36,19 +26,31 @@ class Prepare:
 
 
 PREPARE = Prepare(heads=64, folded=32, num_warps=8)
-DEFAULT = Launch(num_warps=4)
+DEFAULT_WARPS = 4
 
 # (compute capability, bytes of a number in a checkpoint), for slots with rings, activations in bf16 and heads of
-# 64 x 128, as released, any number of rows; benchmarks/tune_mixer_step.py, rows of an H100 in benchmarks/results
-TUNED: dict[tuple[tuple[int, int], int], Launch] = {
-    ((9, 0), 2): Launch(num_warps=4),
-    ((9, 0), 1): Launch(num_warps=1),
-}
+# 64 x 128, as released; benchmarks/tune_mixer_step.py
+WARPS: dict[tuple[tuple[int, int], int], int] = {((9, 0), 2): 4, ((9, 0), 1): 1}
 
 
-def launch_for(slots: FusedSlots, activations: torch.dtype) -> Launch:
+def warps_for(slots: FusedSlots, activations: torch.dtype) -> int:
     """What is known to suit a GPU and these slots."""
     ssm = slots.ssm
     if not ssm.is_cuda or slots.ring_dt is None or activations != torch.bfloat16 or ssm.shape[2:] != (64, 128):
-        return DEFAULT
-    return TUNED.get((torch.cuda.get_device_capability(ssm.device), ssm.dtype.itemsize), DEFAULT)
+        return DEFAULT_WARPS
+    return WARPS.get((torch.cuda.get_device_capability(ssm.device), ssm.dtype.itemsize), DEFAULT_WARPS)
+
+
+def starts_early(device: torch.device) -> bool:
+    """Whether kernels can start while the one in front is at work: programmatic dependent launch, from 9.0 on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def multiplies_integers(slots: FusedSlots, activations: torch.dtype) -> bool:
+    """Whether int8 checkpoints are multiplied as integers: on GPUs where it was tested, and in Triton's interpreter.
+
+    Triton 3.9 refuses to on 10.0, and everywhere with fewer than 32 numbers.
+    """
+    ssm = slots.ssm
+    shown = not ssm.is_cuda or torch.cuda.get_device_capability(ssm.device) == (9, 0)
+    return shown and ssm.dtype == torch.int8 and activations == torch.bfloat16 and ssm.shape[3] >= 32

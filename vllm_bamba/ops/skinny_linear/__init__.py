@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from vllm_bamba.ops.early import starts_early
 from vllm_bamba.ops.skinny_linear.kernels import linear_kernel
 from vllm_bamba.ops.skinny_linear.tuning import Launch, launches_for
 
@@ -42,7 +41,7 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, launches: Sequence[Laun
     linear_kernel[(triton.cdiv(len(weight), launch.columns),)](
         x, weight, out, rows, x.stride(0), out.stride(0),
         N=len(weight), K=depth, ROWS=launch.rows, COLUMNS=launch.columns, DEPTH=launch.depth,
-        STAGES=launch.num_stages, EARLY=starts_early(x.device), num_warps=launch.num_warps,
+        STAGES=launch.num_stages, num_warps=launch.num_warps,
     )  # fmt: skip
     return out
 

@@ -13,14 +13,8 @@ import triton.language as tl
 def linear_kernel(
     x, weight, out, rows, x_stride, out_stride,
     N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS columns of out [rows, N] = x [rows, K] times weight [N, K] transposed, of at most ROWS rows.
-
-    With EARLY the next kernel may start as soon as there is room (`ops/early.py`).
-    """
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+    """COLUMNS columns of out [rows, N] = x [rows, K] times weight [N, K] transposed, of at most ROWS rows."""
     program = tl.program_id(0)
     column = program * COLUMNS + tl.arange(0, COLUMNS)
     row, k = tl.arange(0, ROWS), tl.arange(0, DEPTH)

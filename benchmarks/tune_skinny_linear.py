@@ -29,8 +29,9 @@ from vllm_bamba.state import mixer_shard
 
 PYTORCH = "pytorch"
 DTYPE = torch.bfloat16
-SHARED_MEMORY = 200 << 10  # bytes of an SM that a program may take
+SHARED_MEMORY = 222 << 10  # bytes of an SM that a program may take
 IN_FLIGHT = 40 << 10  # bytes that it should ask for at once: less does not keep the memory busy
+MOST_DESCRIBED = 256  # numbers on a side of what a descriptor describes
 CLOSE = 0.05  # largest difference from PyTorch's product, of values about 1
 
 
@@ -62,14 +63,16 @@ def projections(shape: str) -> dict[str, tuple[int, int]]:
 
 def candidates(rows: int) -> Iterator[Launch]:
     """Launches that serve so many rows, with a reasonable use of shared memory and registers."""
-    most = max(16, 1 << (rows - 1).bit_length())
-    for columns, depth, stages, warps in itertools.product(
-        (16, 32, 64, 128), (128, 256, 512), (2, 3, 4, 5, 6), (2, 4, 8)
+    most = max(8, 1 << (rows - 1).bit_length())  # tensor cores take no fewer
+    for columns, depth, stages, warps, described in itertools.product(
+        (16, 32, 64, 128), (128, 256, 512), (2, 3, 4, 5, 6, 9), (2, 4, 8), (False, True)
     ):
+        if described and (columns == 16 or depth > MOST_DESCRIBED):
+            continue
         in_flight = stages * depth * 2 * (columns + most)
         registers = columns * most // (32 * warps)  # of a thread, for the sums
         if IN_FLIGHT <= in_flight <= SHARED_MEMORY and registers <= 64 and (columns > 32 or warps < 8):
-            yield Launch(most, columns, depth, stages, warps)
+            yield Launch(most, columns, depth, stages, warps, described)
 
 
 def compile_one(launch: Launch) -> bool:

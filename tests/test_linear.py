@@ -37,6 +37,7 @@ def methods(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0
     monkeypatch.setattr(platform, "is_cuda", lambda self: True)
     found = classmethod(lambda cls, device_id=0: DeviceCapability(*capability))
     monkeypatch.setattr(platform, "get_device_capability", found)
+    monkeypatch.setattr(platform, "get_device_name", classmethod(lambda cls, device_id=0: "NVIDIA H200"))
     layers = nn.ModuleList(
         [
             layer(ReplicatedLinear, UnquantizedLinearMethod),

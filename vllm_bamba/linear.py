@@ -57,10 +57,12 @@ def use_skinny_products(model: nn.Module, vllm_config: VllmConfig) -> None:
     They must be in bf16 and not quantised. Does nothing where the user asked for another way: batch-invariant kernels
     or a linear backend.
     """
-    from vllm_bamba.ops.skinny_linear.tuning import TUNED
+    from vllm_bamba.ops.skinny_linear.tuning import tuning_for
 
     capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
-    tuning = TUNED.get((capability.major, capability.minor)) if capability else None
+    tuning = (
+        tuning_for((capability.major, capability.minor), current_platform.get_device_name()) if capability else None
+    )
     if (
         tuning is None
         or envs.VLLM_BATCH_INVARIANT

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from vllm_bamba.ops.mixer_step.tuning import DEFAULT_WARPS, PREPARE, WARPS
-from vllm_bamba.ops.skinny_linear.tuning import TUNED as PRODUCTS_TUNED
+from vllm_bamba.ops.mixer_step.tuning import DEFAULT_WARPS, PREPARE, PREPARE_AND_FOLD, WARPS
+from vllm_bamba.ops.skinny_linear.tuning import H100, H200
 
 SHAPE = {"HEADS": 128, "HEAD_DIM": 64, "GROUPS": 1, "STATE": 128, "WIDTH": 4, "BIAS": True}
 FP32 = {"a_ptr", "scale", "ring_dt", "states", "factors"}
@@ -54,8 +54,8 @@ OTHERS = [
 OTHERS += [{"kernel": "prepare", "state": state, "REPLAY": 16, "FOLD": False} for state in ("bf16", "i8")]
 PRODUCTS = [
     {"kernel": "linear", "state": "bf16", "launch": o}
-    | {"ROWS": o.rows, "COLUMNS": o.columns, "DEPTH": o.depth, "STAGES": o.num_stages}
-    for tuning in PRODUCTS_TUNED.values()
+    | {"ROWS": o.rows, "COLUMNS": o.columns, "DEPTH": o.depth, "STAGES": o.num_stages, "DESCRIBED": o.described}
+    for tuning in (H100, H200)
     for o in (*tuning.few, *tuning.many)
 ]
 CASES = [*STEP, *OTHERS, *PRODUCTS, {"kernel": "gate", "state": "bf16"}]
@@ -104,16 +104,19 @@ def compile_one(case: dict[str, Any]) -> str:
         "linear": linear_kernel,
     }
     kernel, launch = kernels[case["kernel"]], case.get("launch")
-    warps = {"gate": 8, "prepare": PREPARE.num_warps}.get(case["kernel"], case.get("warps", DEFAULT_WARPS))
+    prepare = PREPARE_AND_FOLD if case.get("FOLD", True) else PREPARE
+    warps = {"gate": 8, "prepare": prepare.num_warps}.get(case["kernel"], case.get("warps", DEFAULT_WARPS))
     constants = SHAPE | {"QUANTISED": STATES[case["state"]], "GATED": True, "FOLD": True, "ANCHORED": True}
     constants |= {"COLUMNS": 8192, "SUMS": 64, "BLOCK": BLOCKS.get(case["kernel"]), "EARLY": True}
     constants |= {"INTEGERS": case["state"] == "i8"}
-    constants |= {"BLOCK_HEADS": PREPARE.heads, "FOLD_DIM": PREPARE.folded}
+    constants |= {"BLOCK_HEADS": prepare.heads, "FOLD_DIM": prepare.folded}
     constants |= {name: value for name, value in case.items() if name.isupper()}
     signature, fixed, hints = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], fixed[(i,)] = "constexpr", constants[name]
+        elif case.get("DESCRIBED") and name in ("x", "weight"):
+            signature[name] = f"tensordesc<bf16[{case['ROWS' if name == 'x' else 'COLUMNS']}, {case['DEPTH']}]>"
         elif name in ("dt_low", "dt_high"):
             signature[name] = "fp32"
         else:

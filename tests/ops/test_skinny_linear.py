@@ -1,17 +1,21 @@
 """The product of few rows against its fp64 reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from helpers import DEVICE, assert_precise, inside, randn
+from helpers import DEVICE, assert_precise, randn
 
 from vllm_bamba.ops.skinny_linear import skinny_linear
 from vllm_bamba.ops.skinny_linear.reference import skinny_linear_reference
-from vllm_bamba.ops.skinny_linear.tuning import TUNED, Launch
+from vllm_bamba.ops.skinny_linear.tuning import H100, H200, Launch, tuning_for
 
 LAUNCHES = [
     Launch(rows=16, columns=32, depth=64, num_stages=2, num_warps=2),
     Launch(rows=32, columns=64, depth=128, num_stages=3, num_warps=4),
 ]
+DESCRIBED = [replace(launch, described=True) for launch in LAUNCHES]
+both_ways = pytest.mark.parametrize("launches", [LAUNCHES, DESCRIBED], ids=["pointers", "described"])
 
 
 def check(x: torch.Tensor, weight: torch.Tensor, launches: list[Launch]) -> torch.Tensor:
@@ -25,25 +29,32 @@ def check(x: torch.Tensor, weight: torch.Tensor, launches: list[Launch]) -> torc
     return y
 
 
+@both_ways
 @pytest.mark.parametrize("columns", [1, 32, 100])
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 32])
-def test_product_is_the_reference(rows: int, columns: int) -> None:
+def test_product_is_the_reference(rows: int, columns: int, launches: list[Launch]) -> None:
     x, weight = randn(1, rows, 256, dtype=torch.bfloat16), randn(2, columns, 256, dtype=torch.bfloat16)
-    check(x, weight, LAUNCHES)
+    check(x, weight, launches)
 
 
-def test_rows_are_parts_of_longer_ones() -> None:
+@both_ways
+@pytest.mark.parametrize("gap", [8, 3])
+def test_rows_are_parts_of_longer_ones(gap: int, launches: list[Launch]) -> None:
+    """Also of some that no descriptor can describe, as they do not lie at multiples of 16 bytes."""
     x, weight = randn(1, 3, 128, dtype=torch.bfloat16), randn(2, 48, 128, dtype=torch.bfloat16)
-    assert torch.equal(check(inside(x), weight, LAUNCHES), skinny_linear(x, weight, LAUNCHES))
+    wide = torch.full((3, 128 + gap), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    wide[:, :128] = x
+    assert torch.equal(check(wide[:, :128], weight, launches), skinny_linear(x, weight, launches))
 
 
-def test_rows_do_not_depend_on_each_other() -> None:
-    """Nor do rows that are not there, which repeat the last one, change anything."""
+@both_ways
+def test_rows_do_not_depend_on_each_other(launches: list[Launch]) -> None:
+    """Nor do rows that are not there change anything."""
     x, weight = randn(1, 9, 128, dtype=torch.bfloat16), randn(2, 48, 128, dtype=torch.bfloat16)
-    together = skinny_linear(x, weight, LAUNCHES)
+    together = skinny_linear(x, weight, launches)
     x[4:] = float("nan")
-    assert torch.equal(skinny_linear(x, weight, LAUNCHES)[:4], together[:4])
-    assert torch.equal(skinny_linear(x[:4], weight, LAUNCHES), together[:4])
+    assert torch.equal(skinny_linear(x, weight, launches)[:4], together[:4])
+    assert torch.equal(skinny_linear(x[:4], weight, launches), together[:4])
 
 
 @pytest.mark.parametrize("rows", [0, 33])
@@ -70,7 +81,13 @@ def test_what_does_not_fit_is_refused() -> None:
         skinny_linear(x.float(), weight[:, :64])
 
 
-@pytest.mark.parametrize("tuning", TUNED.values(), ids=str)
+def test_tables_are_of_a_gpu_and_its_memory() -> None:
+    assert tuning_for((9, 0), "NVIDIA H200") is H200
+    assert tuning_for((9, 0), "NVIDIA H100 80GB HBM3") is H100
+    assert tuning_for((10, 0), "NVIDIA B200") is None
+
+
+@pytest.mark.parametrize("tuning", [H100, H200], ids=["H100", "H200"])
 def test_tables_are_in_ascending_order(tuning) -> None:
     for launches in (tuning.few, tuning.many):
         assert [o.rows for o in launches] == sorted({o.rows for o in launches})

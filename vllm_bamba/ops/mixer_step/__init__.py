@@ -6,7 +6,7 @@ import torch
 import triton
 
 from vllm_bamba.ops.mixer_step.kernels import prepare_kernel, replay_kernel, step_kernel
-from vllm_bamba.ops.mixer_step.tuning import PREPARE, multiplies_integers, starts_early, warps_for
+from vllm_bamba.ops.mixer_step.tuning import PREPARE, PREPARE_AND_FOLD, multiplies_integers, starts_early, warps_for
 from vllm_bamba.state import DecodePlan, FusedSlots, slot_strides
 
 
@@ -93,15 +93,16 @@ def mixer_step(
     early = starts_early(projected.device)
     convolved = projected.new_empty(rows, channels - inner)
     factors = projected.new_empty(rows, heads * (constants["REPLAY"] + 3), dtype=torch.float32)
-    of_group, folded = heads // groups, min(PREPARE.folded, head_dim)
-    some_heads = min(PREPARE.heads, triton.next_power_of_2(of_group))
+    prepare = PREPARE_AND_FOLD if fold else PREPARE
+    of_group, folded = heads // groups, min(prepare.folded, head_dim)
+    some_heads = min(prepare.heads, triton.next_power_of_2(of_group))
     folds = -(-heads // constants["REPLAY"]) * (head_dim // folded) if fold else 0
     programs = folds + groups * -(-of_group // some_heads)  # as the kernel counts them
     prepare_kernel[programs, rows](
         projected, convolved, factors, *parameters, plan.slots, plan.lengths, *slots.of_step,
         projected.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step), *dt_limit,
         **constants, FOLD=fold, WIDTH=width, BIAS=bias, EARLY=early,
-        BLOCK_HEADS=some_heads, FOLD_DIM=folded, num_warps=PREPARE.num_warps,
+        BLOCK_HEADS=some_heads, FOLD_DIM=folded, num_warps=prepare.num_warps,
     )  # fmt: skip
     replay_kernel[heads, rows](
         projected, convolved, factors, out, weights.taps, weights.conv_bias, weights.norm, plan.slots, plan.lengths,

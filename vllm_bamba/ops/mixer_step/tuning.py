@@ -25,7 +25,8 @@ class Prepare:
     num_warps: int
 
 
-PREPARE = Prepare(heads=64, folded=32, num_warps=8)
+PREPARE = Prepare(heads=64, folded=32, num_warps=8)  # of anchored slots, which fold elsewhere
+PREPARE_AND_FOLD = Prepare(heads=32, folded=32, num_warps=4)
 DEFAULT_WARPS = 4
 
 # (compute capability, bytes of a number in a checkpoint), for slots with rings, activations in bf16 and heads of

@@ -1,10 +1,12 @@
 """A linear map of few rows: decode steps of small batches, which wait for nothing but weights."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vllm_bamba.ops.skinny_linear.kernels import linear_kernel
 from vllm_bamba.ops.skinny_linear.tuning import Launch, launches_for
@@ -38,10 +40,18 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, launches: Sequence[Laun
     if launch is None or plain or rows == 0:
         return F.linear(x, weight)
     out = x.new_empty(rows, len(weight))
+    # descriptors are of memory at multiples of 16 bytes
+    described = launch.described and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    read: tuple[Any, Any] = (x, weight)
+    if described:
+        read = (
+            TensorDescriptor.from_tensor(x, [launch.rows, launch.depth]),
+            TensorDescriptor.from_tensor(weight, [launch.columns, launch.depth]),
+        )
     linear_kernel[(triton.cdiv(len(weight), launch.columns),)](
-        x, weight, out, rows, x.stride(0), out.stride(0),
+        *read, out, rows, x.stride(0), out.stride(0),
         N=len(weight), K=depth, ROWS=launch.rows, COLUMNS=launch.columns, DEPTH=launch.depth,
-        STAGES=launch.num_stages, num_warps=launch.num_warps,
+        STAGES=launch.num_stages, DESCRIBED=described, num_warps=launch.num_warps,
     )  # fmt: skip
     return out
 

@@ -17,6 +17,7 @@ class Launch:
         depth: of the sums, a step.
         num_stages: steps whose weights are on their way at once.
         num_warps: of a program.
+        described: whether the GPU's copy engine (TMA) fetches what is multiplied, told by tensor descriptors.
     """
 
     rows: int
@@ -24,6 +25,7 @@ class Launch:
     depth: int
     num_stages: int
     num_warps: int
+    described: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,38 @@ class Tuning:
         return [o for o in (self.many if columns > MANY else self.few) if depth % o.depth == 0]
 
 
-# compute capability -> launches, for bf16; measured on an H100, see benchmarks/NOTES.md
-TUNED: dict[tuple[int, int], Tuning] = {
-    (9, 0): Tuning(
-        few=(Launch(16, 32, 256, 5, 2), Launch(32, 32, 256, 5, 2)),
-        many=(Launch(16, 64, 128, 6, 4), Launch(32, 128, 128, 3, 4), Launch(64, 128, 128, 3, 4)),
-    )
-}
+# for bf16, measured on an H200 and on an H100: see benchmarks/NOTES.md
+H200 = Tuning(
+    few=(
+        Launch(8, 32, 256, 5, 2, described=True),
+        Launch(16, 64, 256, 5, 4, described=True),
+        Launch(32, 64, 128, 9, 4, described=True),
+        Launch(64, 64, 128, 6, 4, described=True),
+    ),
+    many=(
+        Launch(8, 128, 256, 3, 4, described=True),
+        Launch(16, 128, 256, 3, 4, described=True),
+        Launch(32, 64, 128, 4, 4, described=True),
+        Launch(64, 128, 128, 4, 4, described=True),
+    ),
+)
+H100 = Tuning(
+    few=(Launch(16, 32, 256, 5, 2), Launch(32, 32, 256, 5, 2)),
+    many=(Launch(16, 64, 128, 6, 4), Launch(32, 128, 128, 3, 4), Launch(64, 128, 128, 3, 4)),
+)
+
+
+def tuning_for(capability: tuple[int, int], name: str) -> Tuning | None:
+    """What suits a GPU of so many bytes a second, as its name says; None where nothing is known."""
+    if capability != (9, 0):
+        return None
+    return H200 if "H200" in name else H100
 
 
 def launches_for(weight: torch.Tensor) -> list[Launch]:
     """Launches that are faster than a library's product with a weight [N, K], none where nothing is known."""
     if not weight.is_cuda or weight.dtype != torch.bfloat16:
         return []
-    tuning = TUNED.get(torch.cuda.get_device_capability(weight.device))
+    properties = torch.cuda.get_device_properties(weight.device)
+    tuning = tuning_for((properties.major, properties.minor), properties.name)
     return tuning.launches(*weight.shape) if tuning else []

@@ -162,6 +162,8 @@ class Comparison:
         if expected is answers:
             return "the answers that others are compared with"
         same = sum(a == b for a, b in zip(answers, expected, strict=True))
+        if self.args.model is None and same < len(answers):
+            return "n/a: random weights"  # rounding decides between tokens that are about as likely
         return f"same tokens in {same} of {len(answers)} requests"
 
     def _add_phases(

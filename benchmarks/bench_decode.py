@@ -19,17 +19,21 @@ import pathlib
 import random
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rows import Results, add_arguments, dtype_name, dtype_of, progress
 from shapes import SHAPES, bamba_config, bytes_moved, random_prompts, write_model
-from timing import Samples, measure_limits
+from timing import Limits, Samples, measure_limits
+from transformers import PreTrainedConfig
 from variants import (
+    VARIANTS,
     Variant,
     add_engine_arguments,
     engine_options,
+    fused_format,
     kernel_milliseconds,
     profiler_options,
     running,
@@ -50,7 +54,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=[*SHAPES], default="9b")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64, 128])
-    parser.add_argument("--steps", type=int, default=64, help="tokens by which the longer answer is longer")
+    parser.add_argument("--steps", type=int, default=256, help="tokens by which the longer answer is longer")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prompts", nargs="+", choices=[*PROMPTS], default=["equal"], help="their lengths")
     parser.add_argument("--profile", type=pathlib.Path, help="folder: profile, by batch: traces, and rows of kernels")
@@ -79,9 +83,42 @@ def lengths(kind: str, batch: int) -> list[int]:
     return [PROMPT + (i % SPREAD if kind == "mixed" else 0) for i in range(batch)]
 
 
-def columns_of(variant: Variant, kind: str, batch: int) -> dict[str, Any]:
-    """Of a result row."""
-    return variant.columns | PROMPTS[kind] | {"batch": batch, "verified": "n/a: random weights"}
+def step_bytes(config: PreTrainedConfig, dtype: torch.dtype, name: str, batch: int, context: int) -> float:
+    """What a step of this variant must move, on average: the fused step reads all of a state and writes little."""
+    moved, given = bytes_moved(config, dtype, dtype), VARIANTS[name]["additional_config"]
+    if not given["bamba_fused_step"]:
+        return moved.decode_step(batch, context)
+    form = fused_format(config, dtype, dtype, given, anchored=False)
+    size = {key: torch.Size(of_slot).numel() * of.itemsize for key, (of_slot, of) in form.tensors().items()}
+    ring = sum(size.pop(key) for key in ("ring_x", "ring_b", "ring_dt") if key in size)
+    conv, written = size.pop("conv"), 1 / max(form.replay, 1)  # the share of a state, and of its ring, that is written
+    state = conv * (1 + 1 / form.width) + sum(size.values()) * (1 + written) + ring * (0.5 + written)
+    mixers = config.num_hidden_layers - len(config.attn_layer_indices)
+    return moved.weights + batch * (mixers * state + context * moved.kv_per_token)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch: what its rows have in common.
+
+    Attributes:
+        moved: bytes of a step, by variant.
+        limits: of the device.
+    """
+
+    kind: str
+    batch: int
+    moved: Mapping[str, float]
+    limits: Limits
+
+    def columns(self, variant: Variant, milliseconds: float) -> dict[str, Any]:
+        """Of a result row of a step that takes so long."""
+        moved, columns = self.moved[variant.name], variant.columns | PROMPTS[self.kind]
+        details = f"{columns['details']}; {moved:.0f} bytes"
+        if milliseconds > 0:
+            share = self.limits.floor_ms(moved) / milliseconds
+            details += f", {moved / milliseconds / 1e6:.0f} GB/s, {share:.0%} of a copy's"
+        return columns | {"batch": self.batch, "verified": "n/a: random weights", "details": details}
 
 
 def measure(
@@ -102,11 +139,11 @@ def measure(
     return {name: Samples(tuple(values)) for name, values in steps.items()}
 
 
-def report(results: Results, variants: list[Variant], kind: str, batch: int, steps: dict[str, Samples]) -> None:
+def report(results: Results, variants: list[Variant], case: Case, steps: dict[str, Samples]) -> None:
     """Write and print what was measured of one batch: steps, and how they compare."""
     for variant in variants:
         sample = steps[variant.name]
-        columns = columns_of(variant, kind, batch)
+        columns = case.columns(variant, sample.median)
         results.add_samples(sample, metric="decode_step", unit="ms", **columns)
         print(f"  {variant.name} {sample.median:.2f} ({sample.low:.2f} to {sample.high:.2f})", end="")
         for other in dict.fromkeys(("vllm_operators", CACHED.get(variant.name, "vllm_operators"))):
@@ -127,12 +164,7 @@ def report(results: Results, variants: list[Variant], kind: str, batch: int, ste
 
 
 def report_kernels(
-    args: argparse.Namespace,
-    results: Results,
-    variant: Variant,
-    kind: str,
-    batch: int,
-    prompts: Iterator[list[list[int]]],
+    args: argparse.Namespace, results: Results, variant: Variant, case: Case, prompts: Iterator[list[list[int]]]
 ) -> None:
     """Profile, and write what a step's kernels take on the GPU: the host, busy or not, has no part in it."""
     taken = []
@@ -143,8 +175,7 @@ def report_kernels(
         progress(f"{variant.name}: no kernels in its profile, so no row of them")
         return
     step = (taken[1] - taken[0]) / PROFILED
-    columns = columns_of(variant, kind, batch)
-    results.add(metric="decode_step_kernels", unit="ms", value=step, repeats=1, **columns)
+    results.add(metric="decode_step_kernels", unit="ms", value=step, repeats=1, **case.columns(variant, step))
     print(f"  {variant.name}: kernels {step:.3f} ms", flush=True)
 
 
@@ -163,7 +194,7 @@ def main(argv: Sequence[str]) -> None:
     progress("measuring what this device reaches")
     limits = measure_limits(dtype, seed=args.seed)
     torch.cuda.empty_cache()
-    moved, seeds = bytes_moved(config, dtype, dtype), itertools.count(args.seed)
+    at_least, seeds = bytes_moved(config, dtype, dtype), itertools.count(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         write_model(pathlib.Path(folder), "bamba", args.shape)
         with running({name: options_of(args, name, folder) for name in args.variants}) as variants:
@@ -171,7 +202,9 @@ def main(argv: Sequence[str]) -> None:
                 tokens = lengths(kind, batch)
                 prompts = (random_prompts(tokens, config.vocab_size, seed) for seed in seeds)
                 steps = measure(args, variants, batch, prompts)
-                floor = limits.floor_ms(moved.decode_step(batch, sum(tokens) // batch + args.steps // 2))
+                context = sum(tokens) // batch + args.steps // 2
+                moved = {name: step_bytes(config, dtype, name, batch, context) for name in args.variants}
+                floor, case = limits.floor_ms(at_least.decode_step(batch, context)), Case(kind, batch, moved, limits)
                 results.add(
                     variant="floor", batch=batch, metric="decode_step", unit="ms", value=floor, repeats=1,
                     verified="n/a", state_dtype=dtype_name(dtype), cache_mode="none",
@@ -179,9 +212,9 @@ def main(argv: Sequence[str]) -> None:
                     "every step", **PROMPTS[kind],
                 )  # fmt: skip
                 print(f"batch {batch}, prompts {kind}: floor {floor:.2f} ms", end="")
-                report(results, variants, kind, batch, steps)
+                report(results, variants, case, steps)
                 for variant in variants if args.profile else ():
-                    report_kernels(args, results, variant, kind, batch, prompts)
+                    report_kernels(args, results, variant, case, prompts)
     progress(f"rows are in {results.file}")
 
 

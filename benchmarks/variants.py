@@ -23,11 +23,14 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rows import dtype_name, dtype_of, progress
 from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from vllm_bamba.state import SlotFormat
 
 # variant -> what the engine is asked for
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -148,20 +151,29 @@ def anchors(options: Mapping[str, Any]) -> bool:
 def state_bytes(config: PreTrainedConfig, options: Mapping[str, Any]) -> int:
     """Bytes of one sequence's state in one layer, as the engine lays it out."""
     from vllm_bamba.config import BambaShape
-    from vllm_bamba.state import EIGHT_BITS, SlotFormat, mixer_shard, state_shapes
-    from vllm_bamba.step_options import StepOptions
+    from vllm_bamba.state import state_shapes
 
-    shape, asked = BambaShape.from_hf(config), options["additional_config"]
     dtype, state = dtype_of(options["dtype"]), options.get("mamba_ssm_cache_dtype", "auto")
     state_dtype = dtype if state == "auto" else dtype_of(state)
-    shapes: tuple[tuple[int, ...], ...] = state_shapes(shape, 1, 0)
+    shapes: tuple[tuple[int, ...], ...] = state_shapes(BambaShape.from_hf(config), 1, 0)
     dtypes = (dtype, state_dtype)
-    if asked["bamba_fused_step"]:
-        state_dtype = EIGHT_BITS.get(asked.get("bamba_state_dtype"), state_dtype)
-        replay = asked.get("bamba_replay", StepOptions.replay)
-        form = SlotFormat(mixer_shard(shape, 1), shape.conv_width, dtype, state_dtype, replay, anchors(options))
+    if options["additional_config"]["bamba_fused_step"]:
+        form = fused_format(config, dtype, state_dtype, options["additional_config"], anchors(options))
         shapes, dtypes = form.shapes(), form.dtypes()
     return sum(math.prod(sizes) * kind.itemsize for sizes, kind in zip(shapes, dtypes, strict=True))
+
+
+def fused_format(
+    config: PreTrainedConfig, dtype: torch.dtype, state_dtype: torch.dtype, asked: Mapping[str, Any], anchored: bool
+) -> "SlotFormat":
+    """Slots of the fused step, as `additional_config` asks for them."""
+    from vllm_bamba.config import BambaShape
+    from vllm_bamba.state import EIGHT_BITS, SlotFormat, mixer_shard
+    from vllm_bamba.step_options import StepOptions
+
+    shape, replay = BambaShape.from_hf(config), asked.get("bamba_replay", StepOptions.replay)
+    stored = EIGHT_BITS.get(asked.get("bamba_state_dtype", ""), state_dtype)
+    return SlotFormat(mixer_shard(shape, 1), shape.conv_width, dtype, stored, replay, anchored)
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def test_offline_commands_write_rows(what, tmp_path):
 @pytest.mark.multiprocess
 def test_decode_steps_of_whole_engines(results, capsys):
     engines = ["--variants", "vllm_operators", "vllm_operators_slots", "--eager"]
-    work = ["--prompts", "equal", "mixed", "--batches", "1", "3", "--repeats", "3"]
+    work = ["--prompts", "equal", "mixed", "--batches", "1", "3", "--steps", "64", "--repeats", "3"]
     bench_decode.main(["--shape", "tiny", *engines, *work, *common(results)])
     found = read(results, "bench_decode")
     for row in found:
@@ -194,9 +194,25 @@ def test_decode_steps_of_whole_engines(results, capsys):
     equal, mixed = ("decode step", "32"), ("decode step, mixed lengths", "32-47")
     assert [(row["case"], row["prompt_tokens"]) for row in steps] == ([equal] * 3 + [mixed] * 3) * 2
     assert [row["variant"] for row in steps] == ["floor", "vllm_operators", "vllm_operators_slots"] * 4
+    assert all(" bytes" in row["details"] for row in steps if row["variant"] != "floor")
     speed_ups = [row for row in found if row["metric"] == "speed_up_over_vllm_operators"]
     assert values(speed_ups, "variant") <= {"vllm_operators_slots"}  # none where a step has taken less than nothing
     assert "batch 3, prompts mixed: floor" in capsys.readouterr().out
+
+
+def test_bytes_of_a_step_are_those_of_its_states() -> None:
+    """Bamba-9B's: 4.2 MB of bf16 states a layer and sequence, read and written, or read and written once in 16."""
+    config, bf16 = bench_decode.bamba_config("9b"), torch.bfloat16
+    moved = {
+        name: (bench_decode.step_bytes(config, bf16, name, 101, 0) - bench_decode.step_bytes(config, bf16, name, 1, 0))
+        / 2900
+        for name in ("vllm_operators", "fused", "fused_int8", "fused_every_step")
+    }
+    state, conv, scales, ring = 128 * 64 * 128, 8448 * 2, 128 * 64 * 4, 16 * (8192 + 128) * 2 + 16 * 128 * 4
+    assert moved["vllm_operators"] == 2 * (2 * state + 3 * conv)
+    assert moved["fused"] == 2 * state * 17 / 16 + 4 * conv * 5 / 4 + ring * 9 / 16
+    assert moved["fused_int8"] == (state + scales) * 17 / 16 + 4 * conv * 5 / 4 + ring * 9 / 16
+    assert moved["fused_every_step"] == 4 * state + 4 * conv * 5 / 4
 
 
 @pytest.mark.multiprocess
@@ -367,10 +383,12 @@ def test_kernels_of_a_step_are_what_a_longer_profile_has_more(tmp_path, capsys):
     args = bench_decode.arguments(argv)
     what = {"model": "bamba-9b", "weights": "random", "dtype": "bfloat16"}
     results = rows.Results.of("bench_decode", args, argv, output_tokens=32, **what)
-    bench_decode.report_kernels(args, results, Engine(), "mixed", 8, itertools.repeat([[1]]))
+    case = bench_decode.Case("mixed", 8, {"fused": 3e8}, timing.Limits(bytes_per_second=4e12, flops=1e12))
+    bench_decode.report_kernels(args, results, Engine(), case, itertools.repeat([[1]]))
     (row,) = read(tmp_path, "bench_decode")
     assert (row["metric"], row["case"], row["batch"]) == ("decode_step_kernels", "decode step, mixed lengths", "8")
     assert float(row["value"]) == pytest.approx(0.1)
+    assert row["details"] == "graphs; 300000000 bytes, 3000 GB/s, 75% of a copy's"
     with pytest.raises(SystemExit, match="has left no trace"):
         variants.kernel_milliseconds(tmp_path)
 

@@ -31,13 +31,15 @@ def layer(kind: type[nn.Module], method: type, columns: int = 512, depth: int = 
     return made
 
 
-def methods(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), **changes: object) -> list[type]:
+def methods(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), gpu: str = "NVIDIA H200", **changes: object
+) -> list[type]:
     """Of a linear layer, the head, an embedding, a quantised layer and one whose sums no launch divides."""
     platform = type(current_platform)
     monkeypatch.setattr(platform, "is_cuda", lambda self: True)
     found = classmethod(lambda cls, device_id=0: DeviceCapability(*capability))
     monkeypatch.setattr(platform, "get_device_capability", found)
-    monkeypatch.setattr(platform, "get_device_name", classmethod(lambda cls, device_id=0: "NVIDIA H200"))
+    monkeypatch.setattr(platform, "get_device_name", classmethod(lambda cls, device_id=0: gpu))
     layers = nn.ModuleList(
         [
             layer(ReplicatedLinear, UnquantizedLinearMethod),
@@ -69,7 +71,9 @@ def test_plain_linear_layers_and_the_head_do(monkeypatch: pytest.MonkeyPatch) ->
     assert methods(monkeypatch) == [SkinnyLinearMethod, SkinnyLMHeadMethod, *VLLMS[2:]]
 
 
-@pytest.mark.parametrize("changes", [{"capability": (8, 0)}, {"backend": "other"}, {"dtype": torch.float16}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"capability": (8, 0)}, {"gpu": "NVIDIA H20"}, {"backend": "other"}, {"dtype": torch.float16}], ids=str
+)
 def test_none_does_elsewhere_or_where_the_user_chose(changes, monkeypatch: pytest.MonkeyPatch) -> None:
     assert methods(monkeypatch, **changes) == VLLMS
 

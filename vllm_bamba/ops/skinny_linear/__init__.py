@@ -40,16 +40,18 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, launches: Sequence[Laun
     if launch is None or plain or rows == 0:
         return F.linear(x, weight)
     out = x.new_empty(rows, len(weight))
-    # descriptors are of memory at multiples of 16 bytes
-    described = launch.described and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    stride = x.stride(0) if rows > 1 else depth  # that of a single row means nothing
+    aligned = stride >= depth and stride % 8 == 0 and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
+    described = launch.described and aligned  # descriptors are of rows at multiples of 16 bytes
     read: tuple[Any, Any] = (x, weight)
     if described:
         read = (
-            TensorDescriptor.from_tensor(x, [launch.rows, launch.depth]),
-            TensorDescriptor.from_tensor(weight, [launch.columns, launch.depth]),
+            TensorDescriptor(x, [rows, depth], [stride, 1], [launch.rows, launch.depth]),
+            TensorDescriptor(weight, [*weight.shape], [depth, 1], [launch.columns, launch.depth]),
         )
+        stride = depth  # of no use to the kernel, which would be compiled again for others
     linear_kernel[(triton.cdiv(len(weight), launch.columns),)](
-        *read, out, rows, x.stride(0), out.stride(0),
+        *read, out, rows, stride, out.stride(0),
         N=len(weight), K=depth, ROWS=launch.rows, COLUMNS=launch.columns, DEPTH=launch.depth,
         STAGES=launch.num_stages, DESCRIBED=described, num_warps=launch.num_warps,
     )  # fmt: skip

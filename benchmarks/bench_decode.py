@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from rows import Results, add_arguments, dtype_name, dtype_of, progress
-from shapes import SHAPES, bamba_config, bytes_moved, random_prompts, write_model
+from shapes import SHAPES, Bytes, bamba_config, bytes_moved, random_prompts, write_model
 from timing import Limits, Samples, measure_limits
 from transformers import PreTrainedConfig
 from variants import (
@@ -83,18 +83,20 @@ def lengths(kind: str, batch: int) -> list[int]:
     return [PROMPT + (i % SPREAD if kind == "mixed" else 0) for i in range(batch)]
 
 
-def step_bytes(config: PreTrainedConfig, dtype: torch.dtype, name: str, batch: int, context: int) -> float:
+def step_bytes(
+    at_least: Bytes, config: PreTrainedConfig, dtype: torch.dtype, name: str, batch: int, context: int
+) -> float:
     """What a step of this variant must move, on average: the fused step reads all of a state and writes little."""
-    moved, given = bytes_moved(config, dtype, dtype), VARIANTS[name]["additional_config"]
+    given = VARIANTS[name]["additional_config"]
     if not given["bamba_fused_step"]:
-        return moved.decode_step(batch, context)
+        return at_least.decode_step(batch, context)
     form = fused_format(config, dtype, dtype, given, anchored=False)
     size = {key: torch.Size(of_slot).numel() * of.itemsize for key, (of_slot, of) in form.tensors().items()}
     ring = sum(size.pop(key) for key in ("ring_x", "ring_b", "ring_dt") if key in size)
     conv, written = size.pop("conv"), 1 / max(form.replay, 1)  # the share of a state, and of its ring, that is written
     state = conv * (1 + 1 / form.width) + sum(size.values()) * (1 + written) + ring * (0.5 + written)
     mixers = config.num_hidden_layers - len(config.attn_layer_indices)
-    return moved.weights + batch * (mixers * state + context * moved.kv_per_token)
+    return at_least.weights + batch * (mixers * state + context * at_least.kv_per_token)
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def main(argv: Sequence[str]) -> None:
                 prompts = (random_prompts(tokens, config.vocab_size, seed) for seed in seeds)
                 steps = measure(args, variants, batch, prompts)
                 context = sum(tokens) // batch + args.steps // 2
-                moved = {name: step_bytes(config, dtype, name, batch, context) for name in args.variants}
+                moved = {name: step_bytes(at_least, config, dtype, name, batch, context) for name in args.variants}
                 floor, case = limits.floor_ms(at_least.decode_step(batch, context)), Case(kind, batch, moved, limits)
                 results.add(
                     variant="floor", batch=batch, metric="decode_step", unit="ms", value=floor, repeats=1,

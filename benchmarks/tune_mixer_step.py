@@ -18,7 +18,7 @@ from bench_ops import CHECKED_ROWS, wrong_ones
 from op_cases import VLLM, fused_step
 from op_inputs import Problem
 from rows import Results, add_arguments, dtype_name, dtype_of, progress
-from timing import Samples, interleaved, measure_limits
+from timing import interleaved, measure_limits
 
 CANDIDATES = {f"{warps} warps": warps for warps in (1, 2, 4, 8)}
 
@@ -39,17 +39,9 @@ def compile_one(problem: Problem, int8: bool, name: str, warps: int) -> None:
     fused_step(problem, int8, {name: warps}).calls[name]()
 
 
-def times_of(problem: Problem, int8: bool, right: Mapping[str, int], repeats: int) -> dict[str, Samples]:
-    """Times of all candidates and of vLLM's operators on one batch."""
-    times = interleaved(fused_step(problem, int8, right).calls, repeats, problem.seed)
-    torch.cuda.empty_cache()
-    return times
-
-
-def best(times: Sequence[Mapping[str, Samples]]) -> str:
+def best(times: Sequence[Mapping[str, float]]) -> str:
     """The candidate whose times, each as a share of the batch's fastest, have the smallest mean."""
-    ours = [{name: samples.median for name, samples in batch.items() if name != VLLM} for batch in times]
-    return min(ours[0], key=lambda name: sum(batch[name] / min(batch.values()) for batch in ours))
+    return min(times[0], key=lambda name: sum(batch[name] / min(batch.values()) for batch in times))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -82,8 +74,10 @@ def main(argv: Sequence[str]) -> None:
         every = []
         for batch in args.batches:
             problem = Problem.of(args.shape, batch, dtype, dtype, args.seed)
-            times = times_of(problem, int8, right, args.repeats)
-            moved = fused_step(problem, int8).bytes_moved
+            case = fused_step(problem, int8, right)
+            times, moved = interleaved(case.calls, args.repeats, problem.seed), case.bytes_moved
+            del case  # before the next one needs the memory
+            torch.cuda.empty_cache()
             for name, samples in times.items():
                 details = f"{moved} bytes; cold cache; floor {limits.floor_ms(moved):.4f} ms if states are read only"
                 results.add_samples(
@@ -92,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
                 )  # fmt: skip
             ours = {name: samples.median for name, samples in times.items() if name != VLLM}
             fastest = min(ours, key=ours.__getitem__)
-            every.append(times)
+            every.append(ours)
             ranked = sorted(ours.items(), key=lambda item: item[1])
             print(
                 f"\nbatch {batch}, {'int8' if int8 else dtype_name(dtype)}: vllm {times[VLLM].median:.4f} ms, ", end=""

@@ -59,10 +59,9 @@ def use_skinny_products(model: nn.Module, vllm_config: VllmConfig) -> None:
     """
     from vllm_bamba.ops.skinny_linear.tuning import tuning_for
 
-    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
-    tuning = (
-        tuning_for((capability.major, capability.minor), current_platform.get_device_name()) if capability else None
-    )
+    tuning = None
+    if current_platform.is_cuda() and (capability := current_platform.get_device_capability()):
+        tuning = tuning_for((capability.major, capability.minor), current_platform.get_device_name())
     if (
         tuning is None
         or envs.VLLM_BATCH_INVARIANT

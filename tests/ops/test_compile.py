@@ -53,7 +53,7 @@ OTHERS = [
 ]
 OTHERS += [{"kernel": "prepare", "state": state, "REPLAY": 16, "FOLD": False} for state in ("bf16", "i8")]
 PRODUCTS = [
-    {"kernel": "linear", "state": "bf16", "launch": o}
+    {"kernel": "linear", "state": "bf16", "warps": o.num_warps}
     | {"ROWS": o.rows, "COLUMNS": o.columns, "DEPTH": o.depth, "STAGES": o.num_stages, "DESCRIBED": o.described}
     for tuning in (H100, H200)
     for o in (*tuning.few, *tuning.many)
@@ -103,7 +103,7 @@ def compile_one(case: dict[str, Any]) -> str:
         "gate": gate_kernel,
         "linear": linear_kernel,
     }
-    kernel, launch = kernels[case["kernel"]], case.get("launch")
+    kernel = kernels[case["kernel"]]
     prepare = PREPARE_AND_FOLD if case.get("FOLD", True) else PREPARE
     warps = {"gate": 8, "prepare": prepare.num_warps}.get(case["kernel"], case.get("warps", DEFAULT_WARPS))
     constants = SHAPE | {"QUANTISED": STATES[case["state"]], "GATED": True, "FOLD": True, "ANCHORED": True}
@@ -129,7 +129,7 @@ def compile_one(case: dict[str, Any]) -> str:
     binary = triton.compile(
         source,
         target=GPUTarget("cuda", case.get("capability", 90), 32),
-        options={"num_warps": launch.num_warps if launch else warps},
+        options={"num_warps": warps},
     )
     tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -28,6 +28,12 @@ HEADS, HEAD_DIM, STATE, WIDTH, REPLAY = 4, 16, 32, 4, 8
 AS_TUNED = {"HEAD_DIM": 64, "STATE": 128}
 
 
+def use_sizes(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
+    """Other ones than the module's."""
+    for name, value in sizes.items():
+        monkeypatch.setitem(globals(), name, value)
+
+
 def slot_format(
     dtype: torch.dtype,
     state_dtype: torch.dtype | None = None,
@@ -234,8 +240,7 @@ def test_other_sizes(
     state_dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in {"HEADS": heads, "HEAD_DIM": head_dim, "STATE": state}.items():
-        monkeypatch.setitem(globals(), name, value)
+    use_sizes(monkeypatch, HEADS=heads, HEAD_DIM=head_dim, STATE=state)
     form = slot_format(torch.bfloat16, state_dtype, groups=groups, replay=replay)
     batch = Batch(form, slots=[7, 2], lengths=[1, 30], gated=True)
     for _ in range(replay + 2):
@@ -376,8 +381,7 @@ def test_layers_whose_slots_differ_are_not_moved_together() -> None:
 def test_a_sequence_gives_the_same_bits_in_any_slot_and_any_batch(
     state_dtype: torch.dtype, replay: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in AS_TUNED.items():
-        monkeypatch.setitem(globals(), name, value)
+    use_sizes(monkeypatch, **AS_TUNED)
     form = slot_format(torch.bfloat16, state_dtype, replay=replay)
     alone, among = Batch(form, slots=[7], lengths=[3]), Batch(form, slots=[2, 9, 0], lengths=[3, 5, 4])
     for _ in range(REPLAY + 1):
@@ -393,8 +397,7 @@ def test_starting_early_changes_no_bits(
     state_dtype: torch.dtype, anchored: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers between products, in one CUDA graph whose buffers share memory: what is read too soon is another's."""
-    for name, value in AS_TUNED.items():
-        monkeypatch.setitem(globals(), name, value)
+    use_sizes(monkeypatch, **AS_TUNED)
     form = slot_format(torch.bfloat16, state_dtype, replay=16, anchored=anchored)
     rows, inner, columns = 33, HEADS * HEAD_DIM, 2 * HEADS * HEAD_DIM + 2 * STATE + HEADS
     weights = Batch(form, slots=[1], lengths=[1], gated=True).weights

@@ -129,6 +129,10 @@ class BambaStateManager(MambaManager):
         if not all(block.is_null for block in self.req_to_blocks[request_id][before : max(last, 0)]):
             super().remove_skipped_blocks(request_id, processed_computed_tokens, *args, **kwargs)
 
+    def is_settled(self, request_id: str) -> bool:
+        """Whether the request has no block before its last one."""
+        return self._last_block.get(request_id) == len(self.req_to_blocks[request_id]) - 1
+
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._last_block.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
@@ -209,9 +213,22 @@ class BambaAttentionManager(FullAttentionManager):
         # not FullAttentionManager's, whose one key inside the last block would remove those that stand there
         SingleTypeKVCacheManager.cache_blocks(self, request, num_tokens, *args, **kwargs)
         full = self.num_cached_block.get(request_id, 0)
-        end = min(num_tokens, len(request.block_hashes) * self.block_pool.hash_block_size) // self.unit * self.unit
         for index in range(full_before, full):  # becoming full has removed the keys inside
             self._key(request, index, index * self.block_size, (index + 1) * self.block_size - 1)
+        self._key_last_block(request, num_tokens, full)
+
+    def cache_answer(self, request: Request, num_tokens: int) -> bool:
+        """As `cache_blocks` where a request's last block does not get full; False, and nothing done, elsewhere."""
+        full = self.num_cached_block.get(request.request_id, 0)
+        if num_tokens // self.block_size != full:
+            return False
+        self._key_last_block(request, num_tokens, full)
+        return True
+
+    def _key_last_block(self, request: Request, num_tokens: int, full: int) -> None:
+        """Key the block behind the `full` ones at every unit that has come."""
+        request_id = request.request_id
+        end = min(num_tokens, len(request.block_hashes) * self.block_pool.hash_block_size) // self.unit * self.unit
         if end > full * self.block_size:
             start = max(self._keyed.get(request_id, 0), full * self.block_size)
             self._key(request, full, start, end)
@@ -248,12 +265,14 @@ class Place(NamedTuple):
     Attributes:
         life: how often the request has lost all that it had.
         allocated, keyed, freed: in multiples of some number of tokens.
+        settled: whether an anchored answer has nothing to give back any more, however long it stays in its block.
     """
 
     life: int
     allocated: int
     keyed: int
     freed: int
+    settled: bool
 
 
 class OnlyWhereDue:
@@ -284,24 +303,32 @@ class OnlyWhereDue:
         known = min(end, request.num_tokens)
         done = max(start - request.num_in_flight_tokens, 0)
         grain = self.grain
-        place = Place(request.num_preemptions, (end - 1) // grain, known // grain, (done - 1) // grain)
+        place = request.num_preemptions, (end - 1) // grain, known // grain
+        freed = (done - 1) // grain
         before = self._places.get(request)
-        if before is not None and before[:3] == place[:3]:
+        settled = before is not None and before.settled
+        if before is not None and before[:3] == place:
             blocks = self.manager.empty_kv_cache_blocks
-            if before.freed != place.freed:
-                self.manager.remove_skipped_blocks(request.request_id, done, request.num_prompt_tokens)
+            if before.freed != freed and not settled:
+                settled = self._give_back(request, done)
         elif self.slots is not None and self.slots.stays(request.request_id, end - 1):
-            self.manager.remove_skipped_blocks(request.request_id, done, request.num_prompt_tokens)
+            settled = settled or self._give_back(request, done)
             managers: Any = self.manager.coordinator.single_type_managers
             blocks = self.manager.create_kv_cache_blocks(tuple(m.go_on(request.request_id) for m in managers))
-            self._cache(request, known)
+            if not self.slots.text.cache_answer(request, known):
+                self._cache(request, known)
         else:
             given = self._allocate(request, num_new_tokens, num_new_computed_tokens, **more)
             if given is None:
                 return None
-            blocks = given
-        self._places[request] = place
+            blocks, settled = given, False
+        self._places[request] = Place(*place, freed, settled)
         return blocks
+
+    def _give_back(self, request: Request, done: int) -> bool:
+        """What `done` tokens do not need any more; returns whether that is all there will be while an answer stays."""
+        self.manager.remove_skipped_blocks(request.request_id, done, request.num_prompt_tokens)
+        return self.slots is not None and all(state.is_settled(request.request_id) for state in self.slots.states)
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         place = self._places.get(request)

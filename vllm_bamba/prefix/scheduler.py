@@ -75,9 +75,7 @@ class PrefixAware(Sparing):
         return tokens
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        attention = self.slots.attention
-        assert attention is not None
-        self.slots.withdraw(request.request_id, attention.keyed_in_this_step(request.request_id))
+        self.slots.withdraw(request.request_id, self.slots.text.keyed_in_this_step(request.request_id))
         super()._preempt_request(request, *args, **kwargs)
 
     def _free_request_blocks(self, request: Request) -> None:

@@ -58,6 +58,12 @@ class Slots:
             pool.bamba_slots = cls(pool)
         return pool.bamba_slots
 
+    @property
+    def text(self) -> BambaAttentionManager:
+        """The manager of the attention blocks."""
+        assert self.attention is not None
+        return self.attention
+
     def limit(self, share: float) -> None:
         """Let states take at most this share of the cache's blocks."""
         self.table.capacity = int(self.pool.num_gpu_blocks * share) // self.groups
@@ -79,8 +85,7 @@ class Slots:
 
     def room_inside(self, request_id: str, end: int) -> bool:
         """Whether a prefill up to `end` can have a second state in its step without taking others' blocks."""
-        attention = self.attention
-        assert attention is not None
+        attention = self.text
         more = -(-end // attention.block_size) - len(attention.req_to_blocks.get(request_id, ()))
         copied = self.groups + 1  # where it starts from another text's state
         return self.pool.get_num_free_blocks() >= more + 2 * self.groups + copied
@@ -121,9 +126,7 @@ class Slots:
 
     def stays(self, request_id: str, tokens: int) -> bool:
         """Whether one token more takes an anchored answer of so many past the end of its unit, and needs no block."""
-        attention = self.attention
-        assert attention is not None
-        fits = tokens % attention.block_size > 0
+        fits = tokens % self.text.block_size > 0
         return fits and all(manager.stays(request_id, tokens) for manager in self.states)
 
     def unit_left(self, request: Request) -> int:
@@ -135,8 +138,7 @@ class Slots:
 
     def leave(self, request: Request, unit: int) -> None:
         """The request is about to give back all its blocks: have its state at that unit found, if its text can be."""
-        assert self.attention is not None
-        if all(block.block_hash is not None for block in self.attention.blocks_of(request.request_id, unit)):
+        if all(block.block_hash is not None for block in self.text.blocks_of(request.request_id, unit)):
             for manager in self.states:
                 manager.leave(request, unit)
 

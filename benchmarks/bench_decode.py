@@ -3,6 +3,7 @@
     python benchmarks/bench_decode.py --shape 9b
     python benchmarks/bench_decode.py --shape 9b --variants fused fused_slots --batches 128
     python benchmarks/bench_decode.py --shape 9b --variants vllm_operators fused --batches 128 --profile /tmp/profile
+    python benchmarks/bench_decode.py --shape 9b --variants fused fused_slots --batches 128 --offline 4
 
 Every variant is an engine in a process of its own, and all of them are ready before the first is timed: they take turns
 batch by batch on the same GPU. A step is the time that a longer answer takes more than a shorter one, over the tokens
@@ -11,6 +12,8 @@ so that what prefix caching costs is seen where it finds nothing. Weights are ra
 
 Prompts are of one length, so that with prefix slots all requests pass the end of a block of states in the same step:
 the most that the host can have to do at once. With --prompts mixed they are of 16 lengths, as users' are of all.
+
+With --offline whole runs are timed, prefills included: several times as many requests as a batch has, given all at once.
 """
 
 import argparse
@@ -47,6 +50,10 @@ PROMPTS = {  # lengths -> columns of the rows
 }
 PROFILED = 16  # tokens by which the longer of two profiles is longer
 STEP_TOKENS = 2048  # the most of a step: activations stay small
+OFFLINE_PROMPT, OFFLINE_STEP_TOKENS = (
+    256,
+    8192,
+)  # tokens of the shortest prompt of whole runs, and the most of their steps
 CACHED = {"vllm_operators_align": "vllm_operators", "vllm_operators_slots": "vllm_operators", "fused_slots": "fused"}
 
 
@@ -57,30 +64,34 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=256, help="tokens by which the longer answer is longer")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prompts", nargs="+", choices=[*PROMPTS], default=["equal"], help="their lengths")
+    parser.add_argument("--offline", type=int, default=0, help="requests of whole runs, as a multiple of the batch")
     parser.add_argument("--profile", type=pathlib.Path, help="folder: profile, by batch: traces, and rows of kernels")
     add_engine_arguments(parser, variants=["vllm_operators", "fused"])
     add_arguments(parser)
     args = parser.parse_args(argv)
     if min(*args.batches, args.steps, args.repeats) < 1:
         parser.error("--batches, --steps and --repeats must be positive")
+    if args.offline < 0:
+        parser.error("--offline must not be negative")
     return args
 
 
 def options_of(args: argparse.Namespace, name: str, model: str) -> dict[str, Any]:
     """`vllm.LLM`'s arguments for one variant: as a user would have them, but for graphs of these batches only."""
     widest = max(args.batches)
-    more: dict[str, Any] = {"max_num_batched_tokens": max(STEP_TOKENS, widest)}
+    prompt, step = (OFFLINE_PROMPT, OFFLINE_STEP_TOKENS) if args.offline else (PROMPT, STEP_TOKENS)
+    more: dict[str, Any] = {"max_num_batched_tokens": max(step, widest)}
     if not args.eager:
         more["compilation_config"] = {"cudagraph_capture_sizes": sorted(args.batches)}
     if args.profile:
         more |= profiler_options(args.profile / name)
-    longest = PROMPT + SPREAD - 1 + SHORT + args.steps
+    longest = prompt + SPREAD - 1 + SHORT + args.steps
     return engine_options(args, name, model, bamba_config(args.shape), widest, longest, **more)
 
 
-def lengths(kind: str, batch: int) -> list[int]:
-    """Tokens of a batch's prompts."""
-    return [PROMPT + (i % SPREAD if kind == "mixed" else 0) for i in range(batch)]
+def lengths(kind: str, requests: int, shortest: int = PROMPT) -> list[int]:
+    """Tokens of so many prompts."""
+    return [shortest + (i % SPREAD if kind == "mixed" else 0) for i in range(requests)]
 
 
 def step_bytes(
@@ -165,6 +176,32 @@ def report(results: Results, variants: list[Variant], case: Case, steps: dict[st
     print(flush=True)
 
 
+def compare_offline(
+    args: argparse.Namespace,
+    results: Results,
+    variants: list[Variant],
+    case: Case,
+    vocabulary: int,
+    seeds: Iterator[int],
+) -> None:
+    """Time whole runs, all variants in turn; write and print generated tokens a second."""
+    order, speeds = random.Random(args.seed), {variant.name: list[float]() for variant in variants}
+    prompts = lengths(case.kind, case.batch * args.offline, OFFLINE_PROMPT)
+    for repeat in range(1 + args.repeats):  # the first may compile what the start did not
+        progress(f"{len(prompts)} requests: round {repeat} of {args.repeats}")
+        given = random_prompts(prompts, vocabulary, next(seeds))
+        for variant in order.sample(variants, len(variants)):
+            seconds = variant.generate(given, SHORT + args.steps).seconds
+            speeds[variant.name].append(len(prompts) * (SHORT + args.steps) / seconds)
+    print(f"batch {case.batch}, {len(prompts)} requests of {prompts[0]} tokens and more at once:", end="")
+    for variant in variants:
+        sample = Samples(tuple(speeds[variant.name][1:]))
+        columns = case.columns(variant, 0) | {"prompt_tokens": f"{min(prompts)}-{max(prompts)}", "case": "offline"}
+        results.add_samples(sample, metric="throughput", unit="tokens/s", **columns)
+        print(f"  {variant.name} {sample.median:.0f} tokens/s ({sample.low:.0f} to {sample.high:.0f})", end="")
+    print(flush=True)
+
+
 def report_kernels(
     args: argparse.Namespace, results: Results, variant: Variant, case: Case, prompts: Iterator[list[list[int]]]
 ) -> None:
@@ -215,6 +252,8 @@ def main(argv: Sequence[str]) -> None:
                 )  # fmt: skip
                 print(f"batch {batch}, prompts {kind}: floor {floor:.2f} ms", end="")
                 report(results, variants, case, steps)
+                if args.offline:
+                    compare_offline(args, results, variants, case, config.vocab_size, seeds)
                 for variant in variants if args.profile else ():
                     report_kernels(args, results, variant, case, prompts)
     progress(f"rows are in {results.file}")

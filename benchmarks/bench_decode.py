@@ -13,7 +13,7 @@ so that what prefix caching costs is seen where it finds nothing. Weights are ra
 Prompts are of one length, so that with prefix slots all requests pass the end of a block of states in the same step:
 the most that the host can have to do at once. With --prompts mixed they are of 16 lengths, as users' are of all.
 
-With --offline whole runs are timed, prefills included: several times as many requests as a batch has, given all at once.
+With --offline whole runs are timed, prefills included: several times as many requests as a batch has, all at once.
 """
 
 import argparse

@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 
 from vllm_bamba.linear import SkinnyLinearMethod, SkinnyLMHeadMethod, use_skinny_products
+from vllm_bamba.stream import SkinnyStream, Stream, stream_for
 
 
 class OtherMethod(UnquantizedLinearMethod):
@@ -90,3 +91,22 @@ def test_a_product_is_that_of_the_weight_and_a_bias_is_added_before_rounding() -
     assert torch.equal(made.quant_method.apply(made, x), nn.functional.linear(x, made.weight))
     made.cpu_linear = nn.functional.linear  # what vLLM's method calls on a CPU
     assert torch.equal(made.quant_method.apply(made, x, bias), nn.functional.linear(x, made.weight, bias))
+
+
+@pytest.mark.parametrize(
+    ("method", "bias", "ranks", "adapters", "stream"),
+    [
+        (SkinnyLinearMethod, None, 1, None, SkinnyStream),
+        (UnquantizedLinearMethod, None, 1, None, Stream),
+        (OtherMethod, None, 1, None, Stream),
+        (SkinnyLinearMethod, torch.zeros(512), 1, None, Stream),
+        (SkinnyLinearMethod, None, 2, None, Stream),
+        (SkinnyLinearMethod, None, 1, object(), Stream),
+    ],
+    ids=["skinny", "as_vllm", "quantised", "bias", "two_ranks", "adapters"],
+)
+def test_a_stream_is_skinny_where_every_layer_is(method, bias, ranks, adapters, stream) -> None:
+    layers = nn.ModuleList([layer(ReplicatedLinear, kind) for kind in (SkinnyLinearMethod, method)])
+    layers[0].bias, layers[1].bias = None, bias
+    config = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=ranks), lora_config=adapters)
+    assert stream_for(layers, config) is stream  # type: ignore[arg-type]

@@ -40,6 +40,8 @@ operator `vllm::mamba_mixer2`
     compressed-tensors' target "Linear" is looked for in a layer's class name. Goes when vLLM asks for the base class.
 `UnquantizedLinearMethod` and `UnquantizedEmbeddingMethod` as a layer's `quant_method`, `direct_register_custom_op`
     Products of few rows are ours (`linear.py`). Goes when vLLM's own are as fast.
+`torch.ops._C.silu_and_mul`
+    vLLM's layer for it cannot be made inside of an operator. Goes when it has a function.
 `CacheConfig.mamba_ssm_cache_dtype`
     fp32 states on CPUs: see `choose_state_dtype`. Goes when vLLM's C++ step rounds.
 `supported_kv_cache_layouts`
@@ -150,6 +152,7 @@ __all__ = [
     "remove_keys",
     "replace_spec",
     "set_state_block",
+    "silu_and_mul",
     "state_backend",
 ]
 
@@ -305,6 +308,13 @@ def _state_backend(of_attention: type[AttentionBackend]) -> type[AttentionBacken
             return cls.attention.supported_kv_cache_layouts()
 
     return BambaStateBackend
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """silu(first half) * second half of the last dimension, in vLLM's kernel."""
+    out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    torch.ops._C.silu_and_mul(out, x)
+    return out
 
 
 def prepare_lora(wrapper: type) -> None:

@@ -11,6 +11,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backend import AttentionBackend
@@ -20,12 +21,13 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm_bamba.compat import align_blocks, mix_opaquely, state_backend
 from vllm_bamba.config import BambaShape
 from vllm_bamba.mixing import FusedMixing, Mixing, OperatorMixing
-from vllm_bamba.ops.gated_norm import divide_later, gated_rms_norm
+from vllm_bamba.ops.gated_norm import Division, gated_rms_norm
 from vllm_bamba.prefill_graphs import LonePrefill, PrefillGraphs
 from vllm_bamba.prefix.options import state_spec
 from vllm_bamba.sharding import MixerShard, scaled
 from vllm_bamba.state import mixer_shard, plan_batch
 from vllm_bamba.step_options import StepOptions, slot_dtypes, slot_format, slot_shapes
+from vllm_bamba.stream import Stream
 
 
 def sharded_parameter(
@@ -108,8 +110,9 @@ class GatedRMSNorm(nn.Module):
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         return gated_rms_norm(x, gate, self.weight, self.eps, self.channels, tensor_model_parallel_all_reduce)
 
-    def divide_later(self, y: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-        return divide_later(y, sums, self.eps, self.channels, tensor_model_parallel_all_reduce)
+    def division(self, sums: torch.Tensor) -> Division:
+        """What is left to be done where all but the norm's division is; `sums` is [tokens, any]."""
+        return Division(sums, self.channels, self.eps)
 
 
 class BambaMixer(nn.Module, MambaBase):
@@ -156,17 +159,16 @@ class BambaMixer(nn.Module, MambaBase):
         self.lone: LonePrefill | None = None  # the metadata's builder sets both where prefills may be graphs
         self.lone_slots = torch.tensor([])
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden] -> [tokens, hidden]."""
-        projected, _ = self.in_proj(hidden_states)
+    def forward(self, stream: Stream, norm: RMSNorm) -> Stream:
+        """Add this layer to the stream, for a part behind `norm`."""
+        projected = stream.into(self.in_proj)
         channels = self.shard.local_intermediate
         mixed = projected.new_empty(len(projected), channels + self.mixing.sums)
         mix_opaquely(projected, mixed, self.prefix)
         if self.mixing.divides_later:
-            output, _ = self.out_proj(mixed[:, :channels])
-            return self.norm.divide_later(output, mixed[:, channels:])
-        output, _ = self.out_proj(self.norm(mixed, projected[:, :channels]))
-        return output
+            division = self.norm.division(mixed[:, channels:])
+            return stream.plus(mixed[:, :channels], self.out_proj, norm, division)
+        return stream.plus(self.norm(mixed, projected[:, :channels]), self.out_proj, norm)
 
     def conv_ssm_forward(self, projected_states: torch.Tensor, output: torch.Tensor) -> None:
         """Convolution and recurrence of x, B, C and dt, [tokens, in_proj rows], into output [tokens, channels + sums].

@@ -4,7 +4,6 @@ Module paths are the checkpoint's own, so that quantisation ignore lists and LoR
 """
 
 from collections.abc import Iterable
-from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -40,9 +39,8 @@ from vllm_bamba.config import BambaShape
 from vllm_bamba.mixer import BambaMixer
 from vllm_bamba.prefix.options import attention_spec
 from vllm_bamba.step_options import StepOptions, slot_dtypes, slot_shapes
+from vllm_bamba.stream import Stream, stream_for
 from vllm_bamba.weights import STACKED, load_weights
-
-Residual: TypeAlias = torch.Tensor | None
 
 
 class BambaMLP(nn.Module):
@@ -66,10 +64,9 @@ class BambaMLP(nn.Module):
         )
         self.act = SiluAndMul()
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate_up, _ = self.gate_up_proj(hidden_states)
-        output, _ = self.down_proj(self.act(gate_up))
-        return output
+    def forward(self, stream: Stream, norm: RMSNorm | None) -> Stream:
+        """Add this layer to the stream, for a part behind `norm`."""
+        return stream.plus(stream.into_gated(self.gate_up_proj, self.act), self.down_proj, norm)
 
 
 class SharedAttention(Attention):
@@ -121,17 +118,17 @@ class BambaAttention(nn.Module):
             prefix=f"{prefix}.attn",
         )
 
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        qkv, _ = self.qkv_proj(hidden_states)
+    def forward(self, positions: torch.Tensor, stream: Stream, norm: RMSNorm) -> Stream:
+        """Add this layer to the stream, for a part behind `norm`."""
+        qkv = stream.into(self.qkv_proj)
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         q, k, v = qkv.split([queries, keys, keys], dim=-1)
         q, k = self.rotary_emb(positions, q, k)
-        output, _ = self.o_proj(self.attn(q, k, v))
-        return output
+        return stream.plus(self.attn(q, k, v), self.o_proj, norm)
 
 
 class BambaDecoderLayer(nn.Module):
-    """norm, mixer or attention, norm, MLP; each norm adds what came before to the residual first."""
+    """Mixer or attention, then an MLP, each behind a norm of its own; the stream comes normalised by the first."""
 
     def __init__(self, shape: BambaShape, vllm_config: VllmConfig, prefix: str):
         super().__init__()
@@ -139,21 +136,12 @@ class BambaDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
         self.pre_ff_layernorm = RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
 
-    def mix(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What tells tokens of each other: [tokens, hidden] -> [tokens, hidden]."""
+    def mix(self, positions: torch.Tensor, stream: Stream, norm: RMSNorm) -> Stream:
+        """What tells tokens of each other."""
         raise NotImplementedError
 
-    def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: Residual
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if residual is None:
-            residual = hidden_states
-            hidden_states = self.input_layernorm(hidden_states)
-        else:
-            hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        hidden_states = self.mix(positions, hidden_states)
-        hidden_states, residual = self.pre_ff_layernorm(hidden_states, residual)
-        return self.feed_forward(hidden_states), residual
+    def forward(self, positions: torch.Tensor, stream: Stream, next_norm: RMSNorm | None) -> Stream:
+        return self.feed_forward(self.mix(positions, stream, self.pre_ff_layernorm), next_norm)
 
 
 class BambaMambaLayer(BambaDecoderLayer):
@@ -161,8 +149,8 @@ class BambaMambaLayer(BambaDecoderLayer):
         super().__init__(shape, vllm_config, prefix)
         self.mamba = BambaMixer(shape, vllm_config, f"{prefix}.mamba")
 
-    def mix(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.mamba(hidden_states)
+    def mix(self, positions: torch.Tensor, stream: Stream, norm: RMSNorm) -> Stream:
+        return self.mamba(stream, norm)
 
 
 class BambaAttentionLayer(BambaDecoderLayer):
@@ -170,8 +158,8 @@ class BambaAttentionLayer(BambaDecoderLayer):
         super().__init__(shape, vllm_config, prefix)
         self.self_attn = BambaAttention(shape, vllm_config, f"{prefix}.self_attn")
 
-    def mix(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.self_attn(positions, hidden_states)
+    def mix(self, positions: torch.Tensor, stream: Stream, norm: RMSNorm) -> Stream:
+        return self.self_attn(positions, stream, norm)
 
 
 @support_torch_compile
@@ -204,8 +192,9 @@ class BambaModel(nn.Module):
             RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps) if stage.is_last_rank else PPMissingLayer()
         )
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
-            ["hidden_states", "residual"], shape.hidden_size
+            ["hidden_states"], shape.hidden_size
         )
+        self.stream: type[Stream] = Stream
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(input_ids)
@@ -217,19 +206,19 @@ class BambaModel(nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
-        residual: Residual
         if get_pp_group().is_first_rank:
             hidden_states = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-            residual = None
         else:
             assert intermediate_tensors is not None
-            hidden_states, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
-        for layer in self.layers[self.start_layer : self.end_layer]:
-            hidden_states, residual = layer(positions, hidden_states, residual)
+            hidden_states = intermediate_tensors["hidden_states"]
+        layers = self.layers[self.start_layer : self.end_layer]
+        next_norms = [layer.input_layernorm for layer in layers[1:]] + [None]
+        stream = self.stream.start(hidden_states, layers[0].input_layernorm)
+        for layer, next_norm in zip(layers, next_norms, strict=True):
+            stream = layer(positions, stream, next_norm)
         if not get_pp_group().is_last_rank:
-            return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
-        hidden_states, _ = self.final_layernorm(hidden_states, residual)
-        return hidden_states
+            return IntermediateTensors({"hidden_states": stream.residual})
+        return self.final_layernorm(stream.residual)
 
 
 class BambaForCausalLM(
@@ -269,6 +258,7 @@ class BambaForCausalLM(
             from vllm_bamba.linear import use_skinny_products
 
             use_skinny_products(self, vllm_config)
+            self.model.stream = stream_for(self.model.layers, vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_input_ids(input_ids)

@@ -17,7 +17,8 @@ from vllm_bamba.ops.mixer_step.tuning import DEFAULT_WARPS, PREPARE, PREPARE_AND
 from vllm_bamba.ops.skinny_linear.tuning import H100, H200
 
 SHAPE = {"HEADS": 128, "HEAD_DIM": 64, "GROUPS": 1, "STATE": 128, "WIDTH": 4, "BIAS": True}
-FP32 = {"a_ptr", "scale", "ring_dt", "states", "factors"}
+FP32 = {"a_ptr", "scale", "ring_dt", "states", "factors", "squares"}
+FLOATS = {"dt_low", "dt_high", "share", "eps"}
 INT32 = {"slots", "lengths", "query_start_loc", "moves", "groups", "anchor"}
 INT64 = {"tables", "offsets", "decays"}
 UNALIGNED = {
@@ -53,10 +54,20 @@ OTHERS = [
 ]
 OTHERS += [{"kernel": "prepare", "state": state, "REPLAY": 16, "FOLD": False} for state in ("bf16", "i8")]
 PRODUCTS = [
-    {"kernel": "linear", "state": "bf16", "warps": o.num_warps}
+    {"kernel": "linear", "state": "bf16", "warps": o.num_warps, "SUMS": width, "GATED": gated, "ADDED": added}
+    | ({"sums": "fp32"} if width == 128 else {})
     | {"ROWS": o.rows, "COLUMNS": o.columns, "DEPTH": o.depth, "STAGES": o.num_stages, "DESCRIBED": o.described}
     for tuning in (H100, H200)
-    for o in (*tuning.few, *tuning.many)
+    for launches, width, gated, added in (
+        (tuning.few, 0, False, False),
+        (tuning.few, 128, False, False),
+        (tuning.few, 0, False, True),
+        (tuning.few, 256, False, True),
+        (tuning.many, 0, False, False),
+        (tuning.many, 128, False, False),
+        (tuning.gated, 128, True, False),
+    )
+    for o in launches
 ]
 CASES = [*STEP, *OTHERS, *PRODUCTS, {"kernel": "gate", "state": "bf16"}]
 
@@ -117,11 +128,11 @@ def compile_one(case: dict[str, Any]) -> str:
             signature[name], fixed[(i,)] = "constexpr", constants[name]
         elif case.get("DESCRIBED") and name in ("x", "weight"):
             signature[name] = f"tensordesc<bf16[{case['ROWS' if name == 'x' else 'COLUMNS']}, {case['DEPTH']}]>"
-        elif name in ("dt_low", "dt_high"):
+        elif name in FLOATS:
             signature[name] = "fp32"
         else:
             element = "i32" if name in INT32 else "fp32" if name in FP32 else "i1" if name == "continues" else "bf16"
-            element = case["state"] if name == "ssm" else "i64" if name in INT64 else element
+            element = case["state"] if name == "ssm" else "i64" if name in INT64 else case.get(name, element)
             signature[name] = "i32" if name.endswith("_stride") or name in SIZES else f"*{element}"
             if name not in UNALIGNED:
                 hints[(i,)] = [["tt.divisibility", 16]]

@@ -5,7 +5,7 @@ import torch
 from helpers import DEVICE, DTYPES, assert_precise, inside, randn
 from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
 
-from vllm_bamba.ops.gated_norm import divide_later, gate_for_later, gated_rms_norm
+from vllm_bamba.ops.gated_norm import Division, divide_later, gate_for_later, gated_rms_norm
 from vllm_bamba.ops.gated_norm.reference import gated_rms_norm_reference
 
 CHANNELS, EPS = 96, 1e-5
@@ -63,7 +63,7 @@ def test_the_division_may_follow_a_linear_map(tokens: int, dtype: torch.dtype) -
     map_ = randn(4, CHANNELS, 32, dtype=dtype, scale=0.1)
     out = inside(torch.full((tokens, CHANNELS + 6), float("nan"), dtype=dtype, device=DEVICE))
     gate_for_later(inside(x), inside(gate), weight, out)
-    y = divide_later(out[:, :CHANNELS] @ map_, out[:, CHANNELS:], EPS, CHANNELS, alone)
+    y = divide_later(out[:, :CHANNELS] @ map_, Division(out[:, CHANNELS:], CHANNELS, EPS), alone)
     assert y.dtype == dtype
     exact = gated_rms_norm_reference(x.double(), gate.double(), weight.double(), EPS) @ map_.double()
     plain = gated_rms_norm_reference(x, gate, weight, EPS) @ map_

@@ -7,8 +7,9 @@ import torch
 from helpers import DEVICE, assert_precise, randn
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vllm_bamba.ops.skinny_linear import skinny_linear
-from vllm_bamba.ops.skinny_linear.reference import skinny_linear_reference
+from vllm_bamba.ops.gated_norm import Division
+from vllm_bamba.ops.skinny_linear import added_linear, divided_linear, skinny_linear
+from vllm_bamba.ops.skinny_linear.reference import divided_linear_reference, skinny_linear_reference
 from vllm_bamba.ops.skinny_linear.tuning import H100, H200, Launch, Tuning, tuning_for
 
 LAUNCHES = [
@@ -66,6 +67,68 @@ def test_rows_do_not_depend_on_each_other(launches: list[Launch]) -> None:
     assert torch.equal(skinny_linear(x[:4], weight, launches), together[:4])
 
 
+def division_of(rows: int, parts: int, dtype: torch.dtype) -> Division:
+    """Sums that are columns of something wider, of rows of very different size."""
+    wide = torch.full((rows, parts + 8), float("nan"), device=DEVICE)
+    wide[:, :parts] = (1 + randn(7, rows, parts)).square() * 10.0 ** (torch.arange(rows, device=DEVICE) % 5)[:, None]
+    return Division(wide.to(dtype)[:, :parts], 96, 1e-5)
+
+
+def double(division: Division | None) -> Division | None:
+    return division and division._replace(sums=division.sums.double())
+
+
+@both_ways
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(("parts", "dtype"), [(1, torch.float32), (128, torch.float32), (12, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 100), (5, 64), (32, 32)])
+def test_rows_are_divided_behind_the_map(rows, columns, parts, dtype, gated, launches) -> None:
+    x, division = randn(1, rows, 256, dtype=torch.bfloat16), division_of(rows, parts, dtype)
+    weight = randn(2, columns * (1 + gated), 256, dtype=torch.bfloat16, scale=0.1)
+    y = divided_linear(x, division, weight, launches, gated)
+    assert y.shape == (rows, columns)
+    exact = divided_linear_reference(x.double(), double(division), weight.double(), gated)
+    plain = divided_linear_reference(x, division, weight, gated)
+    for row in range(rows):
+        assert_precise(y[row], exact[row], plain[row], f"row {row}")
+
+
+@both_ways
+@pytest.mark.parametrize("divided", [False, True], ids=["whole", "divided"])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 100), (5, 64), (32, 32), (17, 33)])
+def test_a_residual_is_added_and_weighted(rows: int, columns: int, divided: bool, launches: list[Launch]) -> None:
+    """What is left of the norm, the division, is what `squares` says."""
+    x, weight = randn(1, rows, 256, dtype=torch.bfloat16), randn(2, columns, 256, dtype=torch.bfloat16, scale=0.1)
+    residual, norm = randn(3, rows, columns, dtype=torch.bfloat16), 1 + randn(4, columns, dtype=torch.bfloat16)
+    division = division_of(rows, 12, torch.bfloat16) if divided else None
+    total, weighted, squares = added_linear(x, weight, residual, norm, launches, division)
+    exact = divided_linear_reference(x.double(), double(division), weight.double()) + residual.double()
+    plain = divided_linear_reference(x, division, weight) + residual
+    for row in range(rows):
+        assert_precise(total[row], exact[row], plain[row], f"row {row}")
+    assert_precise(weighted, total.double() * norm.double(), total * norm, "weighted")
+    assert squares.shape == (rows, -(-columns // 32))
+    assert_precise(squares.sum(-1), total.double().square().sum(-1), total.float().square().sum(-1), "squares")
+
+
+@both_ways
+def test_maps_with_surroundings_keep_rows_apart(launches: list[Launch]) -> None:
+    """A row of NaN, or of zeros, stays where it is."""
+    x, weight = randn(1, 9, 128, dtype=torch.bfloat16), randn(2, 64, 128, dtype=torch.bfloat16)
+    residual, norm = randn(3, 9, 64, dtype=torch.bfloat16), randn(4, 64, dtype=torch.bfloat16)
+    division = division_of(9, 3, torch.float32)
+    together = divided_linear(x, division, weight, launches, gated=True)
+    sums = added_linear(x, weight, residual, norm, launches, division)
+    x[4:6], division.sums[5:7] = float("nan"), float("nan")
+    x[8] = 0
+    division.sums[8] = 0
+    apart, others = divided_linear(x, division, weight, launches, gated=True), [0, 1, 2, 3, 7]
+    assert torch.equal(apart[others], together[others])
+    assert torch.equal(apart[8], torch.zeros_like(apart[8]))
+    for one, other in zip(added_linear(x, weight, residual, norm, launches, division), sums, strict=True):
+        assert torch.equal(one[others], other[others])
+
+
 @pytest.mark.parametrize("rows", [0, 33])
 def test_other_numbers_of_rows_go_to_pytorch(rows: int) -> None:
     x, weight = randn(1, rows, 128, dtype=torch.bfloat16), randn(2, 48, 128, dtype=torch.bfloat16)
@@ -90,6 +153,19 @@ def test_what_does_not_fit_is_refused() -> None:
         skinny_linear(x.float(), weight[:, :64])
 
 
+def test_surroundings_that_do_not_fit_are_refused() -> None:
+    x, weight = randn(1, 3, 64, dtype=torch.bfloat16), randn(2, 48, 64, dtype=torch.bfloat16)
+    residual, norm = randn(3, 3, 48, dtype=torch.bfloat16), randn(4, 48, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"residual \(3, 47\) and norm \(48,\) do not fit"):
+        added_linear(x, weight, residual[:, 1:], norm, LAUNCHES)
+    with pytest.raises(ValueError, match=r"residual \(3, 48\) and norm \(47,\) do not fit"):
+        added_linear(x, weight, residual, norm[1:], LAUNCHES)
+    with pytest.raises(ValueError, match="is served by none of"):
+        added_linear(x, weight, residual, norm, LAUNCHES[:0])
+    with pytest.raises(ValueError, match="is served by none of"):
+        divided_linear(x.repeat(11, 1), division_of(33, 2, torch.float32), weight, LAUNCHES)
+
+
 def test_tables_are_of_a_gpu_and_its_memory() -> None:
     assert tuning_for((9, 0), "NVIDIA H200") is H200
     assert tuning_for((9, 0), "NVIDIA GH200 480GB") is H200
@@ -102,8 +178,11 @@ def test_tables_are_of_a_gpu_and_its_memory() -> None:
 
 @pytest.mark.parametrize("tuning", [H100, H200], ids=["H100", "H200"])
 def test_tables_are_in_ascending_order(tuning) -> None:
-    for launches in (tuning.few, tuning.many):
+    for launches in (tuning.few, tuning.many, tuning.gated):
         assert [o.rows for o in launches] == sorted({o.rows for o in launches})
+        # a stream whose rows are few by its tuning finds a launch wherever there is any
+        assert launches[-1].rows == tuning.rows
+        assert all(o.depth % launches[-1].depth == 0 for o in launches)
 
 
 @pytest.mark.gpu
@@ -128,3 +207,42 @@ def test_full_shapes(rows: int, columns: int, depth: int, tuning: Tuning) -> Non
         assert_precise(first[row], exact[row], plain[row], f"row {row}")
     for _ in range(20):
         assert torch.equal(skinny_linear(x, weight, launches), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tuning", [H100, H200], ids=["H100", "H200"])
+@pytest.mark.parametrize("rows", [1, 8, 16, 32, 33, 64])
+@pytest.mark.parametrize(
+    ("columns", "depth", "kind"),
+    [
+        (16768, 4096, "divided"), (6144, 4096, "divided"), (28672, 4096, "gated"),
+        (4096, 8192, "added and divided"), (4096, 14336, "added"),
+    ],
+)  # fmt: skip
+def test_full_shapes_with_surroundings(rows: int, columns: int, depth: int, kind: str, tuning: Tuning) -> None:
+    """The same of maps with what stands around them, as they are in a layer."""
+    generator = torch.Generator(DEVICE).manual_seed(rows)
+    wide = torch.randn(rows, depth + 256, device=DEVICE, generator=generator).bfloat16().abs()
+    weight = (torch.randn(columns, depth, device=DEVICE, generator=generator) / depth**0.5).bfloat16()
+    residual = torch.randn(rows, columns, device=DEVICE, generator=generator).bfloat16()
+    x, norm, gated = wide[:, :depth], residual[0].contiguous(), kind == "gated"
+    division = Division(wide[:, depth:], 256, 1e-5) if kind != "added" else None
+    launches = tuning.gated if gated else tuning.launches(columns, depth)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        if "added" in kind:
+            return added_linear(x, weight, residual, norm, launches, division)
+        return (divided_linear(x, division, weight, launches, gated),)
+
+    first = run()
+    exact = divided_linear_reference(x.double(), double(division), weight.double(), gated)
+    plain = divided_linear_reference(x, division, weight, gated)
+    if "added" in kind:
+        exact, plain = exact + residual.double(), plain + residual
+        assert_precise(first[1], first[0].double() * norm.double(), first[0] * norm, "weighted")
+        squares = first[0].double().square().sum(-1)
+        assert_precise(first[2].sum(-1), squares, squares.float(), "squares")
+    for row in range(rows):
+        assert_precise(first[0][row], exact[row], plain[row], f"row {row}")
+    for _ in range(20):
+        assert all(torch.equal(one, other) for one, other in zip(run(), first, strict=True))

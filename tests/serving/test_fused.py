@@ -8,11 +8,17 @@ import numpy as np
 import pytest
 import torch
 from parity import Engine, Reference, assert_same, check_low_precision, greedy, random_prompts, save_random
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.v1.worker import mamba_utils
 
-from vllm_bamba import step_options
+from vllm_bamba import linear, step_options, stream
+from vllm_bamba.linear import SkinnyLinearMethod
 from vllm_bamba.mixer import BambaMixer
+from vllm_bamba.ops import skinny_linear
+from vllm_bamba.ops.skinny_linear import tuning
+from vllm_bamba.ops.skinny_linear.tuning import Launch, Tuning
 from vllm_bamba.prefix.options import active
 from vllm_bamba.state import EIGHT_BITS
 
@@ -121,6 +127,41 @@ def test_the_embedded_checkpoint_in_bfloat16_with_states_in_8_bits(dtype, tiny):
     with Engine(tiny, dtype="bfloat16", additional_config=options) as engine:
         answers = engine.answers(random_prompts([5, 20, 40], vocabulary=1024, seed=3), 9)
     check_low_precision(answers, Reference(tiny), Reference(tiny, torch.bfloat16))
+
+
+@pytest.fixture
+def skinny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products, and the stream, as where there are launches for a GPU; 16 rows are few."""
+    launches = (Launch(8, 32, 32, 2, 2), Launch(16, 64, 32, 3, 4, described=True))
+    made = Tuning(launches, launches, launches)
+
+    def use(model: nn.Module, vllm_config: object) -> None:
+        for layer in model.modules():
+            if isinstance(layer, LinearBase):
+                layer.quant_method = SkinnyLinearMethod()
+
+    monkeypatch.setattr(linear, "use_skinny_products", use)
+    monkeypatch.setattr(tuning, "tuning_of", lambda device: made)
+    monkeypatch.setattr(stream, "_made", set())
+    # vLLM's would put the weights in another order, for the CPU's own products
+    monkeypatch.setattr(SkinnyLinearMethod, "process_weights_after_loading", lambda self, layer: None)
+
+
+def test_norms_and_additions_in_products_equal_transformers(skinny, tmp_path, monkeypatch):
+    """Few rows and many: the prompts of a step are 57 rows, then 2; answers are 3 and 2."""
+    rows: dict[str, set[int]] = {"divided_linear": set(), "added_linear": set()}
+    for name, seen in rows.items():
+        real = getattr(skinny_linear, name)
+        counted = lambda x, *args, real=real, seen=seen: (seen.add(len(x)), real(x, *args))[1]  # noqa: E731
+        monkeypatch.setattr(skinny_linear, name, counted)
+    path = save_random(tmp_path, **SMALL)
+    with Engine(path, dtype="bfloat16", additional_config=FUSED, enforce_eager=False) as engine:
+        kinds = engine.llm.apply_model(lambda model: model.model.stream)
+        answers = engine.answers(random_prompts([4, 13, 40], seed=3), 6)
+        answers += engine.answers(random_prompts([1, 1], seed=4), 5)
+    assert kinds == [stream.SkinnyStream]
+    assert rows["divided_linear"] == rows["added_linear"] == {2, 3, 8, 16}, "8 and 16 are made before the first request"
+    check_low_precision(answers, Reference(path), Reference(path, torch.bfloat16))
 
 
 def test_8_bit_states_hold_more_sequences(tiny):

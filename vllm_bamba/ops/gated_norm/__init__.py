@@ -4,9 +4,24 @@ Plain torch: inside vLLM's compiled graph Inductor makes one kernel of it and of
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+
+class Division(NamedTuple):
+    """What is left of an RMS norm to be done behind a linear map.
+
+    Attributes:
+        sums: [rows, any]; each row adds up to the sum of squares of what is normalised, or of this rank's part.
+        channels: of that on all ranks together.
+        eps: of the norm.
+    """
+
+    sums: torch.Tensor
+    channels: int
+    eps: float
 
 
 def gated_rms_norm(
@@ -56,11 +71,7 @@ def gate_for_later(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, ou
 
 
 def divide_later(
-    y: torch.Tensor,
-    sums: torch.Tensor,
-    eps: float,
-    channels: int,
-    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+    y: torch.Tensor, division: Division, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """The norm's division, behind a linear map of what `gate_for_later` or `mixer_step` gave.
 
@@ -68,8 +79,8 @@ def divide_later(
 
     Args:
         y: what to divide.
-        sums: [tokens, sums], this rank's columns of sums.
-        eps, channels, sum_over_ranks: as for `gated_rms_norm`.
+        division: by what.
+        sum_over_ranks: as for `gated_rms_norm`.
     """
-    mean_square = sum_over_ranks(sums.float().sum(-1, keepdim=True)) / channels
-    return (y * torch.rsqrt(mean_square + eps)).to(y.dtype)
+    mean_square = sum_over_ranks(division.sums.float().sum(-1, keepdim=True)) / division.channels
+    return (y * torch.rsqrt(mean_square + division.eps)).to(y.dtype)

@@ -1,15 +1,35 @@
 """A linear map of few rows: decode steps of small batches, which wait for nothing but weights."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vllm_bamba.ops.skinny_linear.kernels import linear_kernel
-from vllm_bamba.ops.skinny_linear.tuning import Launch, launches_for
+from vllm_bamba.ops.gated_norm import Division
+from vllm_bamba.ops.skinny_linear.kernels import SUMMED, linear_kernel
+from vllm_bamba.ops.skinny_linear.tuning import Launch, first_for, launches_for
+
+
+class Sum(NamedTuple):
+    """A residual that a linear map was added to, for a linear map behind an RMS norm.
+
+    Attributes:
+        total: [rows, N], the sum.
+        weighted: like it, times the norm's weights.
+        squares: fp32 [rows, N / 32]; each row adds up to the sum of squares of `total`.
+    """
+
+    total: torch.Tensor
+    weighted: torch.Tensor
+    squares: torch.Tensor
+
+
+def squares_of(columns: int) -> int:
+    """Columns of `Sum.squares`."""
+    return -(-columns // SUMMED.value)
 
 
 def skinny_linear(x: torch.Tensor, weight: torch.Tensor, launches: Sequence[Launch] | None = None) -> torch.Tensor:
@@ -28,18 +48,96 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, launches: Sequence[Laun
     Raises:
         ValueError: shapes or dtypes do not fit each other.
     """
-    rows, depth = x.shape
-    if weight.shape[1] != depth or weight.dtype != x.dtype:
+    _check(x, weight)
+    launch = first_for(launches_for(weight) if launches is None else launches, *x.shape)
+    plain = x.dtype != torch.bfloat16 or x.stride(1) != 1 or not weight.is_contiguous()
+    if launch is None or plain or not len(x):
+        return F.linear(x, weight)
+    out = x.new_empty(len(x), len(weight))
+    _run(x, weight, launch, out)
+    return out
+
+
+def divided_linear(
+    x: torch.Tensor, division: Division, weight: torch.Tensor, launches: Sequence[Launch], gated: bool = False
+) -> torch.Tensor:
+    """A linear map of what is still to be divided, by an RMS norm.
+
+    Args:
+        x: bf16 [rows, K], what is normalised times the norm's weights; its rows may be parts of longer ones.
+        division: by what each row is divided.
+        weight: bf16 [N, K], contiguous; gated, it is [2N, K].
+        launches: from which to choose, in ascending order of rows.
+        gated: have silu(first half) * second half of the map.
+
+    Returns:
+        bf16 [rows, N].
+
+    Raises:
+        ValueError: shapes or dtypes do not fit each other, or no launch serves them.
+    """
+    _check(x, weight)
+    out = x.new_empty(len(x), len(weight) // 2 if gated else len(weight))
+    _run(x, weight, _serving(launches, x), out, division, gated)
+    return out
+
+
+def added_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    norm: torch.Tensor,
+    launches: Sequence[Launch],
+    division: Division | None = None,
+) -> Sum:
+    """A linear map of x, divided where that is still to be done, plus a residual, for whoever reads that normalised.
+
+    Args:
+        x: bf16 [rows, K]; its rows may be parts of longer ones.
+        weight: bf16 [N, K], contiguous.
+        residual: bf16 [rows, N], contiguous.
+        norm: [N], the weights of the RMS norm that reads the sum.
+        launches: from which to choose, in ascending order of rows.
+        division: by what each row of the map is divided first.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit each other, or no launch serves them.
+    """
+    _check(x, weight)
+    if residual.shape != (len(x), len(weight)) or norm.shape != weight.shape[:1] or not residual.is_contiguous():
+        raise ValueError(f"residual {tuple(residual.shape)} and norm {tuple(norm.shape)} do not fit")
+    squares = x.new_empty(len(x), squares_of(len(weight)), dtype=torch.float32)
+    made = Sum(torch.empty_like(residual), torch.empty_like(residual), squares)
+    addition = (residual, norm, made.weighted, made.squares)
+    _run(x, weight, _serving(launches, x), made.total, division, addition=addition)
+    return made
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
+    if weight.shape[1] != x.shape[1] or weight.dtype != x.dtype:
         raise ValueError(
             f"x {tuple(x.shape)} of {x.dtype} and weight {tuple(weight.shape)} of {weight.dtype} do not fit"
         )
-    if launches is None:
-        launches = launches_for(weight)
-    launch = next((o for o in launches if rows <= o.rows and depth % o.depth == 0), None)
-    plain = x.dtype != torch.bfloat16 or x.stride(1) != 1 or not weight.is_contiguous()
-    if launch is None or plain or rows == 0:
-        return F.linear(x, weight)
-    out = x.new_empty(rows, len(weight))
+
+
+def _serving(launches: Sequence[Launch], x: torch.Tensor) -> Launch:
+    launch = first_for(launches, *x.shape)
+    if launch is None:
+        raise ValueError(f"x {tuple(x.shape)} is served by none of {launches}")
+    return launch
+
+
+def _run(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    launch: Launch,
+    out: torch.Tensor,
+    division: Division | None = None,
+    gated: bool = False,
+    addition: tuple[torch.Tensor | None, ...] = (None, None, None, None),
+) -> None:
+    rows, depth = x.shape
+    columns = out.shape[1]
     stride = x.stride(0) if rows > 1 else depth  # that of a single row means nothing
     aligned = stride >= depth and stride % 8 == 0 and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
     described = launch.described and aligned  # descriptors are of rows at multiples of 16 bytes
@@ -50,12 +148,16 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, launches: Sequence[Laun
             TensorDescriptor(weight, [*weight.shape], [depth, 1], [launch.columns, launch.depth]),
         )
         stride = depth  # of no use to the kernel, which would be compiled again for others
-    linear_kernel[(triton.cdiv(len(weight), launch.columns),)](
-        *read, out, rows, stride, out.stride(0),
-        N=len(weight), K=depth, ROWS=launch.rows, COLUMNS=launch.columns, DEPTH=launch.depth,
-        STAGES=launch.num_stages, DESCRIBED=described, num_warps=launch.num_warps,
+    sums, sums_stride, width, share, eps = None, 0, 0, 0.0, 0.0
+    if division is not None:
+        sums, sums_stride, width = division.sums, division.sums.stride(0), division.sums.shape[1]
+        share, eps = 1 / division.channels, division.eps
+    linear_kernel[(triton.cdiv(columns, launch.columns),)](
+        *read, out, sums, *addition, rows, stride, out.stride(0), sums_stride, share, eps,
+        N=columns, K=depth, ROWS=launch.rows, COLUMNS=launch.columns, DEPTH=launch.depth,
+        STAGES=launch.num_stages, DESCRIBED=described, SUMS=width, GATED=gated, ADDED=addition[0] is not None,
+        num_warps=launch.num_warps,
     )  # fmt: skip
-    return out
 
 
 def warm_up(weight: torch.Tensor) -> None:

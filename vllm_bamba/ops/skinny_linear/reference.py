@@ -1,8 +1,24 @@
-"""A linear map in the precision of its inputs."""
+"""Linear maps, and what stands around them, in the precision of their inputs."""
 
 import torch
+import torch.nn.functional as F
+
+from vllm_bamba.ops.gated_norm import Division
 
 
 def skinny_linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [rows, K], weight [N, K]; returns [rows, N]."""
     return x @ weight.t()
+
+
+def divided_linear_reference(
+    x: torch.Tensor, division: Division | None, weight: torch.Tensor, gated: bool = False
+) -> torch.Tensor:
+    """x [rows, K], weight [N, K], or gated [2N, K]; returns [rows, N]."""
+    y = x @ weight.t()
+    if division is not None:
+        y = y / (division.sums.to(y.dtype).sum(-1, keepdim=True) / division.channels + division.eps).sqrt()
+    if gated:
+        gate, up = y.chunk(2, -1)
+        y = F.silu(gate) * up
+    return y

@@ -1,5 +1,7 @@
 """How the kernel is launched. Nothing is tried out at run time: start-up is short and results repeat."""
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,16 +32,28 @@ class Launch:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Launches by the number of rows, in ascending order, for outputs of few columns and of many."""
+    """Launches by the number of rows, in ascending order, for outputs of few columns, of many, and gated ones."""
 
     few: tuple[Launch, ...]
     many: tuple[Launch, ...]
+    gated: tuple[Launch, ...]
+
+    @property
+    def rows(self) -> int:
+        """The most that all kinds of outputs have a launch for."""
+        return min(kind[-1].rows for kind in (self.few, self.many, self.gated))
 
     def launches(self, columns: int, depth: int) -> list[Launch]:
         """Those that suit a weight [columns, depth]; empty where PyTorch's product is all there is."""
         return [o for o in (self.many if columns > MANY else self.few) if depth % o.depth == 0]
 
 
+GATED = (
+    Launch(8, 64, 256, 3, 4, described=True),
+    Launch(16, 64, 256, 3, 4, described=True),
+    Launch(32, 64, 128, 5, 4, described=True),
+    Launch(64, 64, 128, 4, 4, described=True),
+)
 # for bf16, measured on an H200 and on an H100: see benchmarks/NOTES.md
 H200 = Tuning(
     few=(
@@ -54,10 +68,22 @@ H200 = Tuning(
         Launch(32, 64, 128, 4, 4, described=True),
         Launch(64, 128, 128, 4, 4, described=True),
     ),
+    gated=GATED,
 )
 H100 = Tuning(
-    few=(Launch(16, 32, 256, 5, 2), Launch(32, 32, 256, 5, 2)),
-    many=(Launch(16, 64, 128, 6, 4), Launch(32, 128, 128, 3, 4), Launch(64, 128, 128, 3, 4)),
+    few=(
+        Launch(8, 32, 256, 5, 2, described=True),
+        Launch(16, 32, 256, 4, 2),
+        Launch(32, 64, 256, 4, 4, described=True),
+        Launch(64, 64, 128, 6, 4, described=True),
+    ),
+    many=(
+        Launch(8, 64, 256, 3, 4, described=True),
+        Launch(16, 64, 128, 5, 4),
+        Launch(32, 64, 128, 4, 4, described=True),
+        Launch(64, 128, 128, 4, 4, described=True),
+    ),
+    gated=GATED,
 )
 
 
@@ -73,10 +99,21 @@ def tuning_for(capability: tuple[int, int], name: str) -> Tuning | None:
     return H100 if ("H100" in name or "H800" in name) and "NVL" not in name else None
 
 
+@functools.cache
+def tuning_of(device: torch.device) -> Tuning | None:
+    """What suits a device; None where nothing is known."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return tuning_for((properties.major, properties.minor), properties.name)
+
+
 def launches_for(weight: torch.Tensor) -> list[Launch]:
     """Launches that are faster than a library's product with a weight [N, K], none where nothing is known."""
-    if not weight.is_cuda or weight.dtype != torch.bfloat16:
-        return []
-    properties = torch.cuda.get_device_properties(weight.device)
-    tuning = tuning_for((properties.major, properties.minor), properties.name)
+    tuning = tuning_of(weight.device) if weight.dtype == torch.bfloat16 else None
     return tuning.launches(*weight.shape) if tuning else []
+
+
+def first_for(launches: Sequence[Launch], rows: int, depth: int) -> Launch | None:
+    """The first of some in ascending order that serves so many rows and sums of such a depth."""
+    return next((o for o in launches if rows <= o.rows and depth % o.depth == 0), None)

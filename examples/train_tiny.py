@@ -1,13 +1,16 @@
 """Train examples/bamba-tiny: a real Bamba in small, from text that every Python installation carries.
 
     python examples/train_tiny.py --out examples/bamba-tiny
+    python examples/train_tiny.py --out /tmp/bamba-90m --size 90m --vocabulary 4096 --steps 2500 --learning-rate 1e-3 \
+        --packages "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 Needs torch, transformers and tokenizers; a GPU with mamba-ssm and causal-conv1d is used where there is one.
 
 Data: the documentation that ships with CPython (the language reference topics of `pydoc_data` and the standard
-library's docstrings; PSF License 2.0, which permits redistribution). One module's docstrings form one document, one
-document in twenty is held out. Sequences are packed without padding by `DataCollatorWithFlattening`: `position_ids`
-keep attention, `seq_idx` keeps the convolution and the state, inside one document.
+library's docstrings; PSF License 2.0, which permits redistribution), and with --packages the docstrings of others. One
+module's docstrings form one document, one document in twenty is held out. Sequences are packed without padding by
+`DataCollatorWithFlattening`: `position_ids` keep attention, `seq_idx` keeps the convolution and the state, inside one
+document.
 
 The checkpoint in this repository: 2,600 steps of at most 2,048 tokens, seed 0, on a CPU; held-out perplexity 23.3 a
 token, 1.75 bits a byte (`bamba-tiny/training.json`).
@@ -17,6 +20,7 @@ import argparse
 import ast
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import pathlib
@@ -33,6 +37,16 @@ from transformers.models.bamba import modeling_bamba
 
 MAX_TOKENS = 2048  # longest sequence, and the tokens of one step
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
+SIZES = {  # Bamba in small: head_dim 64 half-rotary, one group of B and C, few attention layers among Mamba-2
+    "tiny": {
+        "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 5, "attn_layer_indices": [2],
+        "num_attention_heads": 4, "num_key_value_heads": 2, "mamba_n_heads": 8, "mamba_d_state": 64,
+    },
+    "90m": {  # with the 9B's state in each head
+        "hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": 12, "attn_layer_indices": [5],
+        "num_attention_heads": 12, "num_key_value_heads": 4, "mamba_n_heads": 24, "mamba_d_state": 128,
+    },
+}  # fmt: skip
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
@@ -53,19 +67,19 @@ def docstrings(path: pathlib.Path) -> list[str]:
     return [t for t in texts if t and len(t) > 100 and t.count(">>>") < 3]
 
 
-def documents() -> dict[str, str]:
-    """Every document by its name: the language reference's topics and one document a library module."""
+def documents(packages: pathlib.Path | None = None) -> dict[str, str]:
+    """Every document by its name: the language reference's topics and one document a module, also of `packages`."""
     from pydoc_data.topics import topics
 
     found = {f"topic {name}": text for name, text in topics.items()}
-    library = pathlib.Path(sysconfig.get_path("stdlib"))
     seen: set[str] = set()
-    for path in sorted(library.rglob("*.py")):
-        if SKIPPED_FOLDERS.isdisjoint(path.relative_to(library).parts):
-            texts = [t for t in docstrings(path) if t not in seen]
-            seen.update(texts)
-            if texts:
-                found[str(path.relative_to(library))] = "\n\n".join(texts)
+    for library in filter(None, (pathlib.Path(sysconfig.get_path("stdlib")), packages)):
+        for path in sorted(library.rglob("*.py")):
+            if SKIPPED_FOLDERS.isdisjoint(path.relative_to(library).parts):
+                texts = [t for t in docstrings(path) if t not in seen]
+                seen.update(texts)
+                if texts:
+                    found[str(path.relative_to(library))] = "\n\n".join(texts)
     return found
 
 
@@ -175,20 +189,12 @@ def honour_seq_idx_without_kernels() -> None:
 # ------------------------------------------------------------------------------------------ training
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> BambaForCausalLM:
-    """Bamba's shape in small: head_dim 64 half-rotary, one group of B and C, one attention layer among Mamba-2."""
+def build_model(tokenizer: PreTrainedTokenizerFast, size: str) -> BambaForCausalLM:
+    """A model of one of `SIZES`, its weights random."""
     config = BambaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=384,
-        num_hidden_layers=5,
-        attn_layer_indices=[2],
-        num_attention_heads=4,
-        num_key_value_heads=2,
         attn_rotary_emb=32,
-        mamba_n_heads=8,
         mamba_d_head=64,
-        mamba_d_state=64,
         mamba_n_groups=1,
         mamba_chunk_size=256,
         max_position_embeddings=8192,
@@ -196,6 +202,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> BambaForCausalLM:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         initializer_range=0.02,
+        **SIZES[size],
     )
     model = BambaForCausalLM(config)
     for module in model.modules():
@@ -223,6 +230,11 @@ def perplexity(model, batches, collate) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--size", choices=[*SIZES], default="tiny")
+    parser.add_argument("--vocabulary", type=int, default=1024, help="of the tokenizer")
+    parser.add_argument(
+        "--packages", type=pathlib.Path, help="folder of Python packages whose docstrings are read, too"
+    )
     parser.add_argument("--steps", type=int, default=2600, help="optimizer steps of at most 2048 tokens")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -231,17 +243,18 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
+    torch.set_float32_matmul_precision("high")
+    if device == "cpu" or importlib.util.find_spec("mamba_ssm") is None:
         honour_seq_idx_without_kernels()
 
-    texts = documents()
+    texts = documents(args.packages)
     training = [t for name, t in texts.items() if not held_out(name)]
     unseen = [t for name, t in texts.items() if held_out(name)]
-    tokenizer = train_tokenizer(training, vocab_size=1024)
+    tokenizer = train_tokenizer(training, vocab_size=args.vocabulary)
     pieces = sequences(training, tokenizer)
     validation = packed_batches(sequences(unseen, tokenizer), random.Random(args.seed))
     collate = functools.partial(DataCollatorWithFlattening(return_seq_idx=True), return_tensors="pt")
-    model = build_model(tokenizer).to(device)
+    model = build_model(tokenizer, args.size).to(device)
     print(
         f"{len(training)} documents, {sum(map(len, pieces))} tokens; held out {len(unseen)}; "
         f"{sum(p.numel() for p in model.parameters())} parameters on {device}",
@@ -280,7 +293,8 @@ def main() -> None:
     score = perplexity(model, validation, collate)
     bytes_a_token = sum(len(t.encode()) for t in unseen) / sum(len(b["input_ids"]) for g in validation for b in g)
     facts = {
-        "data": f"CPython {sys.version.split()[0]} documentation (PSF License 2.0)",
+        "data": f"CPython {sys.version.split()[0]} documentation (PSF License 2.0)"
+        + (" and the docstrings of installed packages" if args.packages else ""),
         "tokens": sum(map(len, pieces)),
         "steps": args.steps,
         "seed": args.seed,

@@ -40,6 +40,9 @@ operator `vllm::mamba_mixer2`
     compressed-tensors' target "Linear" is looked for in a layer's class name. Goes when vLLM asks for the base class.
 `UnquantizedLinearMethod` and `UnquantizedEmbeddingMethod` as a layer's `quant_method`, `direct_register_custom_op`
     Products of few rows are ours (`linear.py`). Goes when vLLM's own are as fast.
+`get_offloader`
+    Where vLLM brings a layer's weights when it calls the layer, layers are called one by one: see `moves_layers`. Goes
+    when offloaders say what a layer may read.
 `torch.ops._C.silu_and_mul`
     vLLM's layer for it cannot be made inside of an operator. Goes when it has a function.
 `CacheConfig.mamba_ssm_cache_dtype`
@@ -110,6 +113,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateDtypeCalculator,
     is_conv_state_dim_first,
 )
+from vllm.model_executor.offloader import NoopOffloader, get_offloader
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionBackend
@@ -147,6 +151,7 @@ __all__ = [
     "mix_opaquely",
     "move_to_front",
     "moves_blocks",
+    "moves_layers",
     "prepare_lora",
     "register_manager",
     "remove_keys",
@@ -155,6 +160,11 @@ __all__ = [
     "silu_and_mul",
     "state_backend",
 ]
+
+
+def moves_layers() -> bool:
+    """Whether weights of a layer may be elsewhere until vLLM calls the layer (`--cpu-offload-gb`, prefetching)."""
+    return not isinstance(get_offloader(), NoopOffloader)
 
 
 def check_options(vllm_config: VllmConfig) -> None:

@@ -34,7 +34,7 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_bamba.compat import MambaStateCopyFuncCalculator, keep_compiled_kernels, prepare_lora
+from vllm_bamba.compat import MambaStateCopyFuncCalculator, keep_compiled_kernels, moves_layers, prepare_lora
 from vllm_bamba.config import BambaShape
 from vllm_bamba.mixer import BambaMixer
 from vllm_bamba.prefix.options import attention_spec
@@ -128,7 +128,7 @@ class BambaAttention(nn.Module):
 
 
 class BambaDecoderLayer(nn.Module):
-    """Mixer or attention, then an MLP, each behind a norm of its own; the stream comes normalised by the first."""
+    """Mixer or attention, then an MLP, each behind a norm of its own."""
 
     def __init__(self, shape: BambaShape, vllm_config: VllmConfig, prefix: str):
         super().__init__()
@@ -140,8 +140,13 @@ class BambaDecoderLayer(nn.Module):
         """What tells tokens of each other."""
         raise NotImplementedError
 
-    def forward(self, positions: torch.Tensor, stream: Stream, next_norm: RMSNorm | None) -> Stream:
+    def add_to(self, positions: torch.Tensor, stream: Stream, next_norm: RMSNorm | None) -> Stream:
+        """Add this layer to a stream that was made for its first norm, for a layer behind `next_norm`."""
         return self.feed_forward(self.mix(positions, stream, self.pre_ff_layernorm), next_norm)
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """This layer on its own, [tokens, hidden] -> [tokens, hidden]."""
+        return self.add_to(positions, Stream.start(hidden_states, self.input_layernorm), None).residual
 
 
 class BambaMambaLayer(BambaDecoderLayer):
@@ -195,6 +200,7 @@ class BambaModel(nn.Module):
             ["hidden_states"], shape.hidden_size
         )
         self.stream: type[Stream] = Stream
+        self.one_by_one = moves_layers()
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(input_ids)
@@ -212,13 +218,18 @@ class BambaModel(nn.Module):
             assert intermediate_tensors is not None
             hidden_states = intermediate_tensors["hidden_states"]
         layers = self.layers[self.start_layer : self.end_layer]
-        next_norms = [layer.input_layernorm for layer in layers[1:]] + [None]
-        stream = self.stream.start(hidden_states, layers[0].input_layernorm)
-        for layer, next_norm in zip(layers, next_norms, strict=True):
-            stream = layer(positions, stream, next_norm)
+        if self.one_by_one:
+            for layer in layers:
+                hidden_states = layer(positions, hidden_states)
+        else:
+            norms = [layer.input_layernorm for layer in layers]
+            stream = self.stream.start(hidden_states, norms[0])
+            for layer, next_norm in zip(layers, [*norms[1:], None], strict=True):
+                stream = layer.add_to(positions, stream, next_norm)
+            hidden_states = stream.residual
         if not get_pp_group().is_last_rank:
-            return IntermediateTensors({"hidden_states": stream.residual})
-        return self.final_layernorm(stream.residual)
+            return IntermediateTensors({"hidden_states": hidden_states})
+        return self.final_layernorm(hidden_states)
 
 
 class BambaForCausalLM(

@@ -134,6 +134,29 @@ def test_more_sequences_that_drain_to_one_equal_transformers(step, tiny):
     check_low_precision(answers, *references(tiny))
 
 
+@pytest.mark.parametrize("where", [{"offload_group_size": 2}, {"cpu_offload_gb": 0.01}], ids=str)
+def test_layers_whose_weights_come_when_they_are_called(where, tiny):
+    with Engine(tiny, **DEFAULTS, **where) as engine:
+        assert engine.llm.apply_model(lambda model: model.model.one_by_one) == [True]
+        answers = engine.answers(random_prompts([1, 50, 300], vocabulary=1024), 20)
+    check_low_precision(answers, *references(tiny))
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["compiled_with_cuda_graphs", "eager"])
+@pytest.mark.parametrize("drafts", [1, 4])
+def test_drafted_tokens_change_no_answer(drafts, eager, tiny):
+    """Found by n-grams: some are accepted, and some taken back."""
+    speculative = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    options = DEFAULTS | {"enforce_eager": eager, "disable_log_stats": False, "speculative_config": speculative}
+    prompts = [3 * prompt for prompt in random_prompts([7, 20, 60, 1], vocabulary=1024)]
+    with Engine(tiny, **options) as engine:
+        answers = engine.answers(prompts, [60, 48, 30, 60], prompt_logprobs=False)
+        counted = {metric.name: metric.value for metric in engine.llm.get_metrics() if hasattr(metric, "value")}
+    drafted, accepted = (counted[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
+    assert 0 < accepted < drafted
+    check_low_precision(answers, *references(tiny))
+
+
 @each_step
 def test_what_is_found_in_the_prefix_cache_equals_transformers(step, tiny):
     first, second, third = random_prompts([300, 45, 100], vocabulary=1024)

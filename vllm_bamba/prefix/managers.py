@@ -217,13 +217,11 @@ class BambaAttentionManager(FullAttentionManager):
             self._key(request, index, index * self.block_size, (index + 1) * self.block_size - 1)
         self._key_last_block(request, num_tokens, full)
 
-    def cache_answer(self, request: Request, num_tokens: int) -> bool:
-        """As `cache_blocks` where a request's last block does not get full; False, and nothing done, elsewhere."""
+    def cache_answer(self, request: Request, num_tokens: int) -> None:
+        """As `cache_blocks`, where the request's last block does not get full."""
         full = self.num_cached_block.get(request.request_id, 0)
-        if num_tokens // self.block_size != full:
-            return False
+        assert num_tokens // self.block_size == full
         self._key_last_block(request, num_tokens, full)
-        return True
 
     def _key_last_block(self, request: Request, num_tokens: int, full: int) -> None:
         """Key the block behind the `full` ones at every unit that has come."""
@@ -265,7 +263,7 @@ class Place(NamedTuple):
     Attributes:
         life: how often the request has lost all that it had.
         allocated, keyed, freed: in multiples of some number of tokens.
-        settled: whether an anchored answer has nothing to give back any more, however long it stays in its block.
+        settled: whether there was nothing left to give back, nor will be while an anchored answer stays in its block.
     """
 
     life: int
@@ -315,8 +313,7 @@ class OnlyWhereDue:
             settled = settled or self._give_back(request, done)
             managers: Any = self.manager.coordinator.single_type_managers
             blocks = self.manager.create_kv_cache_blocks(tuple(m.go_on(request.request_id) for m in managers))
-            if not self.slots.text.cache_answer(request, known):
-                self._cache(request, known)
+            self.slots.text.cache_answer(request, known)
         else:
             given = self._allocate(request, num_new_tokens, num_new_computed_tokens, **more)
             if given is None:

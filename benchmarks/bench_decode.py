@@ -50,10 +50,8 @@ PROMPTS = {  # lengths -> columns of the rows
 }
 PROFILED = 16  # tokens by which the longer of two profiles is longer
 STEP_TOKENS = 2048  # the most of a step: activations stay small
-OFFLINE_PROMPT, OFFLINE_STEP_TOKENS = (
-    256,
-    8192,
-)  # tokens of the shortest prompt of whole runs, and the most of their steps
+OFFLINE_PROMPT = 256  # tokens of the shortest prompt of whole runs
+OFFLINE_STEP_TOKENS = 8192  # the most of their steps
 CACHED = {"vllm_operators_align": "vllm_operators", "vllm_operators_slots": "vllm_operators", "fused_slots": "fused"}
 
 

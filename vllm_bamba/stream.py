@@ -102,9 +102,9 @@ class SkinnyStream(Stream):
         if norm is None:
             return super().plus(x, linear, norm, division)
         eps = norm.variance_epsilon
-        sums, *others = division or (None, 0, 0.0)
+        sums, channels, sums_eps = division or (None, 0, 0.0)  # operators take no tuples
         total, normed, squares = torch.ops.vllm_bamba.added_linear(
-            x, linear.weight, self.residual, norm.weight, eps, sums, *others
+            x, linear.weight, self.residual, norm.weight, eps, sums, channels, sums_eps
         )
         return SkinnyStream(total, normed, squares, eps)
 
@@ -130,18 +130,13 @@ def _is_first(*what: object) -> bool:
 def _divided_linear(
     normed: torch.Tensor, squares: torch.Tensor, weight: torch.Tensor, eps: float, gated: bool
 ) -> torch.Tensor:
-    from vllm_bamba.ops.skinny_linear import divided_linear  # these need Triton
+    from vllm_bamba.ops.skinny_linear import divided_linear, warm_up_divided  # these need Triton
     from vllm_bamba.ops.skinny_linear.tuning import tuning_of
 
     if tuning := tuning_of(weight.device):
         launches = tuning.gated if gated else tuning.launches(*weight.shape)
-        if _is_first(weight.shape, gated):
-            for launch in launches:
-                zeros, ones = (
-                    normed.new_zeros(launch.rows, normed.shape[1]),
-                    squares.new_ones(launch.rows, squares.shape[1]),
-                )
-                _divided_linear(zeros, ones, weight, eps, gated)
+        if _is_first("divided", weight.shape, squares.shape[1], gated):
+            warm_up_divided(weight, squares.shape[1], launches, gated)
         if 0 < len(normed) <= tuning.rows:
             return divided_linear(normed, Division(squares, normed.shape[1], eps), weight, launches, gated)
     y = F.linear(normed, weight)
@@ -159,18 +154,15 @@ def _added_linear(
     sums_eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from vllm_bamba.ops.add_rms_norm import add_rms_norm
-    from vllm_bamba.ops.skinny_linear import added_linear, squares_of
+    from vllm_bamba.ops.skinny_linear import added_linear, squares_of, warm_up_added
     from vllm_bamba.ops.skinny_linear.tuning import tuning_of
 
     division = None if sums is None else Division(sums, channels, sums_eps)
     if tuning := tuning_of(weight.device):
         launches = tuning.launches(*weight.shape)
-        if _is_first(weight.shape, sums is None):
-            for launch in launches:
-                wide = x.new_zeros(launch.rows, x.stride(0))  # of which x and its sums are parts
-                parts = None if sums is None else wide[:, x.shape[1] :]
-                zeros = residual.new_zeros(launch.rows, residual.shape[1])
-                _added_linear(wide[:, : x.shape[1]], weight, zeros, norm, eps, parts, channels, sums_eps)
+        columns = 0 if sums is None else sums.shape[1]
+        if _is_first("added", weight.shape, columns):
+            warm_up_added(weight, columns, launches)
         if 0 < len(x) <= tuning.rows:
             return added_linear(x, weight, residual, norm, launches, division)
     total, normed = add_rms_norm(F.linear(x, weight), residual, norm, eps, division)

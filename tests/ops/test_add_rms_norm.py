@@ -46,3 +46,6 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     for residual, norm in [(y[:1], weight), (y, weight[1:]), (randn(1, CHANNELS, 2).t(), weight)]:
         with pytest.raises(ValueError, match="do not fit"):
             add_rms_norm(y, residual, norm, EPS)
+    for sums in (y[:1], randn(3, 4, 2).t()):
+        with pytest.raises(ValueError, match="must have 2 rows, each without gaps"):
+            add_rms_norm(y, y, weight, EPS, Division(sums, 20, EPS))

@@ -18,7 +18,7 @@ from vllm_bamba.ops.skinny_linear.tuning import H100, H200
 
 SHAPE = {"HEADS": 128, "HEAD_DIM": 64, "GROUPS": 1, "STATE": 128, "WIDTH": 4, "BIAS": True}
 FP32 = {"a_ptr", "scale", "ring_dt", "states", "factors", "squares"}
-FLOATS = {"dt_low", "dt_high", "share", "eps"}
+FLOATS = {"dt_low", "dt_high", "share", "eps", "earlier_eps"}
 INT32 = {"slots", "lengths", "query_start_loc", "moves", "groups", "anchor"}
 INT64 = {"tables", "offsets", "decays"}
 UNALIGNED = {
@@ -69,7 +69,12 @@ PRODUCTS = [
     )
     for o in launches
 ]
-CASES = [*STEP, *OTHERS, *PRODUCTS, {"kernel": "gate", "state": "bf16"}]
+ROWS = [
+    {"kernel": "gate", "state": "bf16"},
+    {"kernel": "add_rms_norm", "state": "bf16", "SUMS": 0, "SUMS_BLOCK": 1, "CHANNELS": 4096, "BLOCK": 4096},
+    {"kernel": "add_rms_norm", "state": "bf16", "SUMS": 256, "SUMS_BLOCK": 256, "CHANNELS": 4096, "BLOCK": 4096},
+]
+CASES = [*STEP, *OTHERS, *PRODUCTS, *ROWS]
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +104,7 @@ def compile_one(case: dict[str, Any]) -> str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from vllm_bamba.ops.add_rms_norm.kernels import add_rms_norm_kernel
     from vllm_bamba.ops.gated_norm.kernels import gate_kernel
     from vllm_bamba.ops.mixer_step.kernels import prepare_kernel, replay_kernel, step_kernel
     from vllm_bamba.ops.skinny_linear.kernels import linear_kernel
@@ -112,11 +118,14 @@ def compile_one(case: dict[str, Any]) -> str:
         "write": write_kernel,
         "move": move_kernel,
         "gate": gate_kernel,
+        "add_rms_norm": add_rms_norm_kernel,
         "linear": linear_kernel,
     }
     kernel = kernels[case["kernel"]]
     prepare = PREPARE_AND_FOLD if case.get("FOLD", True) else PREPARE
-    warps = {"gate": 8, "prepare": prepare.num_warps}.get(case["kernel"], case.get("warps", DEFAULT_WARPS))
+    warps = {"gate": 8, "add_rms_norm": 8, "prepare": prepare.num_warps}.get(
+        case["kernel"], case.get("warps", DEFAULT_WARPS)
+    )
     constants = SHAPE | {"QUANTISED": STATES[case["state"]], "GATED": True, "FOLD": True, "ANCHORED": True}
     constants |= {"COLUMNS": 8192, "SUMS": 64, "BLOCK": BLOCKS.get(case["kernel"]), "EARLY": True}
     constants |= {"INTEGERS": case["state"] == "i8"}

@@ -156,10 +156,22 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_surroundings_that_do_not_fit_are_refused() -> None:
     x, weight = randn(1, 3, 64, dtype=torch.bfloat16), randn(2, 48, 64, dtype=torch.bfloat16)
     residual, norm = randn(3, 3, 48, dtype=torch.bfloat16), randn(4, 48, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"residual \(3, 47\) and norm \(48,\) do not fit"):
-        added_linear(x, weight, residual[:, 1:], norm, LAUNCHES)
-    with pytest.raises(ValueError, match=r"residual \(3, 48\) and norm \(47,\) do not fit"):
-        added_linear(x, weight, residual, norm[1:], LAUNCHES)
+    for other in (residual[:, 1:], residual.t().contiguous().t()):
+        with pytest.raises(ValueError, match=r"residual .* and norm \(48,\) do not fit, or have gaps"):
+            added_linear(x, weight, other, norm, LAUNCHES)
+    for other in (norm[1:], norm.repeat(2)[::2]):
+        with pytest.raises(ValueError, match="do not fit, or have gaps"):
+            added_linear(x, weight, residual, other, LAUNCHES)
+    for given, wide in [
+        (x.t().contiguous().t(), weight),
+        (x, weight.t().contiguous().t()),
+        (x.float(), weight.float()),
+    ]:
+        with pytest.raises(ValueError, match="must be of bfloat16, rows and weights without gaps"):
+            divided_linear(given, division_of(3, 2, torch.float32), wide, LAUNCHES)
+    for sums in (residual[:2], residual.t().contiguous().t()):
+        with pytest.raises(ValueError, match="must have 3 rows, each without gaps"):
+            divided_linear(x, Division(sums, 1, 1.0), weight, LAUNCHES)
     with pytest.raises(ValueError, match="is served by none of"):
         added_linear(x, weight, residual, norm, LAUNCHES[:0])
     with pytest.raises(ValueError, match="is served by none of"):
@@ -180,9 +192,9 @@ def test_tables_are_of_a_gpu_and_its_memory() -> None:
 def test_tables_are_in_ascending_order(tuning) -> None:
     for launches in (tuning.few, tuning.many, tuning.gated):
         assert [o.rows for o in launches] == sorted({o.rows for o in launches})
-        # a stream whose rows are few by its tuning finds a launch wherever there is any
-        assert launches[-1].rows == tuning.rows
-        assert all(o.depth % launches[-1].depth == 0 for o in launches)
+        # a weight that has any launch has one for all rows that a stream takes for few
+        assert (launches[-1].rows, launches[-1].depth) == (tuning.rows, 128)
+        assert all(o.depth % 128 == 0 for o in launches)
 
 
 @pytest.mark.gpu

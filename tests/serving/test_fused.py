@@ -148,7 +148,7 @@ def skinny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_norms_and_additions_in_products_equal_transformers(skinny, tmp_path, monkeypatch):
-    """Few rows and many: the prompts of a step are 57 rows, then 2; answers are 3 and 2."""
+    """Few rows and many, in steps of 57, 3, 16, 17, 2 and 1 rows; up to 16 are few."""
     rows: dict[str, set[int]] = {"divided_linear": set(), "added_linear": set()}
     for name, seen in rows.items():
         real = getattr(skinny_linear, name)
@@ -158,9 +158,10 @@ def test_norms_and_additions_in_products_equal_transformers(skinny, tmp_path, mo
     with Engine(path, dtype="bfloat16", additional_config=FUSED, enforce_eager=False) as engine:
         kinds = engine.llm.apply_model(lambda model: model.model.stream)
         answers = engine.answers(random_prompts([4, 13, 40], seed=3), 6)
-        answers += engine.answers(random_prompts([1, 1], seed=4), 5)
+        for lengths in ([16], [17], [1, 1]):
+            answers += engine.answers(random_prompts(lengths, seed=4), 3)
     assert kinds == [stream.SkinnyStream]
-    assert rows["divided_linear"] == rows["added_linear"] == {2, 3, 8, 16}, "8 and 16 are made before the first request"
+    assert rows["divided_linear"] == rows["added_linear"] == {1, 2, 3, 8, 16}
     check_low_precision(answers, Reference(path), Reference(path, torch.bfloat16))
 
 

@@ -22,13 +22,15 @@ def add_rms_norm(
         The sum, rounded, and it normalised: both like y.
 
     Raises:
-        ValueError: shapes do not fit each other.
+        ValueError: shapes or strides do not fit.
     """
     tokens, channels = y.shape
-    if residual.shape != y.shape or weight.shape != (channels,) or not (y.is_contiguous() and residual.is_contiguous()):
-        raise ValueError(
-            f"y {tuple(y.shape)}, residual {tuple(residual.shape)}, weight {tuple(weight.shape)} do not fit"
-        )
+    fit = residual.shape == y.shape and weight.shape == (channels,)
+    if not fit or not all(given.is_contiguous() for given in (y, residual, weight)):
+        shapes = [tuple(given.shape) for given in (y, residual, weight)]
+        raise ValueError("y {}, residual {} and weight {} do not fit, or have gaps".format(*shapes))
+    if division is not None and (len(division.sums) != tokens or division.sums.stride(1) != 1):
+        raise ValueError(f"sums {tuple(division.sums.shape)} must have {tokens} rows, each without gaps")
     total, normed = torch.empty_like(y), torch.empty_like(y)
     sums, stride, columns, share, earlier = None, 0, 0, 0.0, 0.0
     if division is not None:

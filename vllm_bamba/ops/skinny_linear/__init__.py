@@ -74,9 +74,9 @@ def divided_linear(
         bf16 [rows, N].
 
     Raises:
-        ValueError: shapes or dtypes do not fit each other, or no launch serves them.
+        ValueError: shapes, dtypes or strides do not fit, or no launch serves them.
     """
-    _check(x, weight)
+    _check_all(x, weight, division)
     out = x.new_empty(len(x), len(weight) // 2 if gated else len(weight))
     _run(x, weight, _serving(launches, x), out, division, gated)
     return out
@@ -101,11 +101,12 @@ def added_linear(
         division: by what each row of the map is divided first.
 
     Raises:
-        ValueError: shapes or dtypes do not fit each other, or no launch serves them.
+        ValueError: shapes, dtypes or strides do not fit, or no launch serves them.
     """
-    _check(x, weight)
-    if residual.shape != (len(x), len(weight)) or norm.shape != weight.shape[:1] or not residual.is_contiguous():
-        raise ValueError(f"residual {tuple(residual.shape)} and norm {tuple(norm.shape)} do not fit")
+    _check_all(x, weight, division)
+    shapes = residual.shape == (len(x), len(weight)) and norm.shape == weight.shape[:1]
+    if not shapes or not residual.is_contiguous() or not norm.is_contiguous():
+        raise ValueError(f"residual {tuple(residual.shape)} and norm {tuple(norm.shape)} do not fit, or have gaps")
     squares = x.new_empty(len(x), squares_of(len(weight)), dtype=torch.float32)
     made = Sum(torch.empty_like(residual), torch.empty_like(residual), squares)
     addition = (residual, norm, made.weighted, made.squares)
@@ -118,6 +119,15 @@ def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
         raise ValueError(
             f"x {tuple(x.shape)} of {x.dtype} and weight {tuple(weight.shape)} of {weight.dtype} do not fit"
         )
+
+
+def _check_all(x: torch.Tensor, weight: torch.Tensor, division: Division | None) -> None:
+    _check(x, weight)
+    if x.dtype != torch.bfloat16 or x.stride(1) != 1 or not weight.is_contiguous():
+        raise ValueError(f"x and weight of {x.dtype} must be of bfloat16, rows and weights without gaps")
+    sums = x if division is None else division.sums
+    if len(sums) != len(x) or sums.stride(1) != 1:
+        raise ValueError(f"sums {tuple(sums.shape)} must have {len(x)} rows, each without gaps")
 
 
 def _serving(launches: Sequence[Launch], x: torch.Tensor) -> Launch:
@@ -167,3 +177,20 @@ def warm_up(weight: torch.Tensor) -> None:
     """
     for launch in launches_for(weight):
         skinny_linear(weight.new_zeros(launch.rows, weight.shape[1]), weight, [launch])
+
+
+def warm_up_divided(weight: torch.Tensor, columns: int, launches: Sequence[Launch], gated: bool) -> None:
+    """The same of `divided_linear`, with so many columns of fp32 sums."""
+    for launch in launches:
+        x = weight.new_zeros(launch.rows, weight.shape[1])
+        sums = x.new_ones(launch.rows, columns, dtype=torch.float32)
+        divided_linear(x, Division(sums, 1, 0.0), weight, [launch], gated)
+
+
+def warm_up_added(weight: torch.Tensor, columns: int, launches: Sequence[Launch]) -> None:
+    """The same of `added_linear`, with so many columns of sums behind x, or none."""
+    outputs, depth = weight.shape
+    for launch in launches:
+        x, sums = weight.new_ones(launch.rows, depth + columns).split([depth, columns], 1)
+        division = Division(sums, 1, 0.0) if columns else None
+        added_linear(x, weight, x.new_zeros(launch.rows, outputs), x.new_zeros(outputs), [launch], division)

@@ -42,13 +42,15 @@ def linear_kernel(
         norm_weight = tl.load(norm + column, mask=column < N, other=0)
     if not DESCRIBED:  # what stands outside repeats the last one, and is not stored
         within = tl.minimum(column, N - 1)
-        second_weight = weight + (N + within).to(tl.int64)[:, None] * K
+        if GATED:
+            up_weight = weight + (N + within).to(tl.int64)[:, None] * K
         weight += within.to(tl.int64)[:, None] * K
         x += tl.minimum(row, rows - 1)[None, :] * x_stride
     steps = K // DEPTH
     first = program % steps
     y = tl.zeros([COLUMNS, ROWS], tl.float32)
-    up = tl.zeros([COLUMNS, ROWS], tl.float32)
+    if GATED:
+        up = tl.zeros([COLUMNS, ROWS], tl.float32)
     for i in tl.range(steps, num_stages=STAGES):
         step = first + i
         at = tl.where(step < steps, step, step - steps) * DEPTH
@@ -62,12 +64,13 @@ def linear_kernel(
             of_x = tl.load(x + (at + k)[:, None])
             y = tl.dot(w, of_x, y)
             if GATED:
-                w = tl.load(second_weight + (at + k)[None, :], eviction_policy="evict_first")
+                w = tl.load(up_weight + (at + k)[None, :], eviction_policy="evict_first")
                 up = tl.dot(w, of_x, up)
     if SUMS:
         factor = tl.rsqrt(tl.sum(parts.to(tl.float32), 0) * share + eps)[None, :]
         y *= factor
-        up *= factor
+        if GATED:
+            up *= factor
     if GATED:
         y = silu(y) * up
     dtype: tl.constexpr = out.dtype.element_ty

@@ -163,7 +163,7 @@ __all__ = [
 
 
 def moves_layers() -> bool:
-    """Whether weights of a layer may be elsewhere until vLLM calls the layer (`--cpu-offload-gb`, prefetching)."""
+    """Whether weights of a layer may be elsewhere until vLLM calls the layer (`--cpu-offload-gb`)."""
     return not isinstance(get_offloader(), NoopOffloader)
 
 
@@ -175,6 +175,12 @@ def check_options(vllm_config: VllmConfig) -> None:
         raise ValueError(
             "speculative decoding of Bamba needs a GPU: vLLM's CPU convolution cannot take rejected tokens back. "
             "Leave --speculative-config out."
+        )
+    offload = vllm_config.offload_config
+    if offload.prefetch.offload_group_size > 0 and offload.offload_backend != "uva":
+        raise ValueError(
+            "weights that are prefetched group by group gave wrong answers for Bamba: leave --offload-group-size out; "
+            "--cpu-offload-gb works."
         )
     lora = vllm_config.lora_config
     if lora is not None and lora.fully_sharded_loras and vllm_config.parallel_config.tensor_parallel_size > 1:

@@ -60,6 +60,10 @@ def test_speculation_without_a_gpu_is_refused(tmp_path):
     assert "speculative decoding of Bamba needs a GPU" in refusal(save_random(tmp_path), speculative_config=speculation)
 
 
+def test_prefetched_weights_are_refused(tmp_path):
+    assert "leave --offload-group-size out" in refusal(save_random(tmp_path), offload_group_size=2)
+
+
 def test_missing_shard_is_named(tmp_path):
     path = save_random(tmp_path, shard_size="100KB")
     shards = sorted(pathlib.Path(path).glob("model-*.safetensors"))

@@ -134,9 +134,8 @@ def test_more_sequences_that_drain_to_one_equal_transformers(step, tiny):
     check_low_precision(answers, *references(tiny))
 
 
-@pytest.mark.parametrize("where", [{"offload_group_size": 2}, {"cpu_offload_gb": 0.01}], ids=str)
-def test_layers_whose_weights_come_when_they_are_called(where, tiny):
-    with Engine(tiny, **DEFAULTS, **where) as engine:
+def test_layers_whose_weights_come_when_they_are_called(tiny):
+    with Engine(tiny, **DEFAULTS, cpu_offload_gb=0.01) as engine:
         assert engine.llm.apply_model(lambda model: model.model.one_by_one) == [True]
         answers = engine.answers(random_prompts([1, 50, 300], vocabulary=1024), 20)
     check_low_precision(answers, *references(tiny))

@@ -194,7 +194,8 @@ def compare_offline(
     print(f"batch {case.batch}, {len(prompts)} requests of {prompts[0]} tokens and more at once:", end="")
     for variant in variants:
         sample = Samples(tuple(speeds[variant.name][1:]))
-        columns = case.columns(variant, 0) | {"prompt_tokens": f"{min(prompts)}-{max(prompts)}", "case": "offline"}
+        lengths_said = "-".join(map(str, sorted({min(prompts), max(prompts)})))
+        columns = case.columns(variant, 0) | {"prompt_tokens": lengths_said, "case": "offline"}
         results.add_samples(sample, metric="throughput", unit="tokens/s", **columns)
         print(f"  {variant.name} {sample.median:.0f} tokens/s ({sample.low:.0f} to {sample.high:.0f})", end="")
     print(flush=True)

@@ -182,7 +182,7 @@ def test_offline_commands_write_rows(what, tmp_path):
 @pytest.mark.multiprocess
 def test_decode_steps_of_whole_engines(results, capsys):
     engines = ["--variants", "vllm_operators", "vllm_operators_slots", "--eager"]
-    work = ["--prompts", "equal", "mixed", "--batches", "1", "3", "--steps", "64", "--repeats", "3"]
+    work = ["--prompts", "equal", "mixed", "--batches", "1", "3", "--steps", "64", "--repeats", "3", "--offline", "2"]
     bench_decode.main(["--shape", "tiny", *engines, *work, *common(results)])
     found = read(results, "bench_decode")
     for row in found:
@@ -198,6 +198,11 @@ def test_decode_steps_of_whole_engines(results, capsys):
     speed_ups = [row for row in found if row["metric"] == "speed_up_over_vllm_operators"]
     assert values(speed_ups, "variant") <= {"vllm_operators_slots"}  # none where a step has taken less than nothing
     assert "batch 3, prompts mixed: floor" in capsys.readouterr().out
+    runs = [row for row in found if row["case"] == "offline"]
+    assert [(row["batch"], row["prompt_tokens"]) for row in runs[::2]] == [
+        *(("1", "256"), ("1", "256-257"), ("3", "256"), ("3", "256-261"))
+    ]
+    assert all(row["metric"] == "throughput" and float(row["value"]) > 0 for row in runs)
 
 
 def test_bytes_of_a_step_are_those_of_its_states() -> None:

@@ -281,6 +281,8 @@ def engine(**changes: object) -> SimpleNamespace:
         "dtype": torch.bfloat16,
         "scheduler": None,
         "inductor": {},
+        "prefetched": 0,
+        "offload_backend": "auto",
     } | changes
     return SimpleNamespace(
         model_config=SimpleNamespace(
@@ -301,6 +303,9 @@ def engine(**changes: object) -> SimpleNamespace:
             prefix_cache_retention_interval=None,
         ),
         scheduler_config=SimpleNamespace(scheduler_cls=values["scheduler"]),
+        offload_config=SimpleNamespace(
+            offload_backend=values["offload_backend"], prefetch=SimpleNamespace(offload_group_size=values["prefetched"])
+        ),
         compilation_config=SimpleNamespace(inductor_compile_config=values["inductor"]),
         additional_config={},
         speculative_config=values["speculative"],
@@ -323,6 +328,7 @@ def test_the_hook_checks_the_model_the_parallelism_the_options_and_the_files(tmp
         "mamba_d_conv": {"hf_config": raw(mamba_d_conv=9)},
         "tensor_parallel_size = 3": {"tensor": 3},
         "--use-replayssm": {"replay": True},
+        "--offload-group-size": {"prefetched": 2},
         "--fully-sharded-loras": {"tensor": 2, "lora": SimpleNamespace(fully_sharded_loras=True)},
         "model.safetensors": {"model": str(tmp_path)},
     }.items():

@@ -191,10 +191,10 @@ def compare_offline(
         for variant in order.sample(variants, len(variants)):
             seconds = variant.generate(given, SHORT + args.steps).seconds
             speeds[variant.name].append(len(prompts) * (SHORT + args.steps) / seconds)
-    print(f"batch {case.batch}, {len(prompts)} requests of {prompts[0]} tokens and more at once:", end="")
+    lengths_said = "-".join(map(str, sorted({min(prompts), max(prompts)})))
+    print(f"batch {case.batch}, {len(prompts)} requests of {lengths_said} tokens at once:", end="")
     for variant in variants:
         sample = Samples(tuple(speeds[variant.name][1:]))
-        lengths_said = "-".join(map(str, sorted({min(prompts), max(prompts)})))
         columns = case.columns(variant, 0) | {"prompt_tokens": lengths_said, "case": "offline"}
         results.add_samples(sample, metric="throughput", unit="tokens/s", **columns)
         print(f"  {variant.name} {sample.median:.0f} tokens/s ({sample.low:.0f} to {sample.high:.0f})", end="")

@@ -4,7 +4,7 @@ import torch
 import triton
 
 from vllm_bamba.ops.add_rms_norm.kernels import add_rms_norm_kernel
-from vllm_bamba.ops.gated_norm import Division
+from vllm_bamba.ops.gated_norm import Division, kernel_arguments
 
 
 def add_rms_norm(
@@ -29,13 +29,10 @@ def add_rms_norm(
     if not fit or not all(given.is_contiguous() for given in (y, residual, weight)):
         shapes = [tuple(given.shape) for given in (y, residual, weight)]
         raise ValueError("y {}, residual {} and weight {} do not fit, or have gaps".format(*shapes))
-    if division is not None and (len(division.sums) != tokens or division.sums.stride(1) != 1):
-        raise ValueError(f"sums {tuple(division.sums.shape)} must have {tokens} rows, each without gaps")
-    total, normed = torch.empty_like(y), torch.empty_like(y)
-    sums, stride, columns, share, earlier = None, 0, 0, 0.0, 0.0
     if division is not None:
-        sums, stride, columns = division.sums, division.sums.stride(0), division.sums.shape[1]
-        share, earlier = 1 / division.channels, division.eps
+        division.check(tokens)
+    total, normed = torch.empty_like(y), torch.empty_like(y)
+    sums, stride, columns, share, earlier = kernel_arguments(division)
     if tokens:
         add_rms_norm_kernel[(tokens,)](
             y, residual, weight, sums, total, normed, stride, share, earlier, eps,

@@ -3,13 +3,12 @@
 import torch
 
 from vllm_bamba.ops.gated_norm import Division
+from vllm_bamba.ops.gated_norm.reference import divide_reference
 
 
 def add_rms_norm_reference(
     y: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, division: Division | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y and residual [tokens, channels], weight [channels]; returns two of y's shape."""
-    if division is not None:
-        y = y / (division.sums.sum(-1, keepdim=True) / division.channels + division.eps).sqrt()
-    total = y + residual
+    total = divide_reference(y, division) + residual
     return total, weight * total / (total.square().mean(-1, keepdim=True) + eps).sqrt()

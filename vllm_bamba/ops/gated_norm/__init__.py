@@ -23,6 +23,19 @@ class Division(NamedTuple):
     channels: int
     eps: float
 
+    def check(self, rows: int) -> None:
+        """Raise ValueError if a kernel would misread the sums of so many rows."""
+        if len(self.sums) != rows or self.sums.stride(1) != 1:
+            raise ValueError(f"sums {tuple(self.sums.shape)} must have {rows} rows, each without gaps")
+
+
+def kernel_arguments(division: Division | None) -> tuple[torch.Tensor | None, int, int, float, float]:
+    """The sums, a row's stride and columns, 1 / channels and eps; of no division nothing, and zeros."""
+    if division is None:
+        return None, 0, 0, 0.0, 0.0
+    sums, channels, eps = division
+    return sums, sums.stride(0), sums.shape[1], 1 / channels, eps
+
 
 def gated_rms_norm(
     x: torch.Tensor,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vllm_bamba.ops.gated_norm import Division
+from vllm_bamba.ops.gated_norm import Division, kernel_arguments
 from vllm_bamba.ops.skinny_linear.kernels import SUMMED, linear_kernel
 from vllm_bamba.ops.skinny_linear.tuning import Launch, first_for, launches_for
 
@@ -125,9 +125,8 @@ def _check_all(x: torch.Tensor, weight: torch.Tensor, division: Division | None)
     _check(x, weight)
     if x.dtype != torch.bfloat16 or x.stride(1) != 1 or not weight.is_contiguous():
         raise ValueError(f"x and weight of {x.dtype} must be of bfloat16, rows and weights without gaps")
-    sums = x if division is None else division.sums
-    if len(sums) != len(x) or sums.stride(1) != 1:
-        raise ValueError(f"sums {tuple(sums.shape)} must have {len(x)} rows, each without gaps")
+    if division is not None:
+        division.check(len(x))
 
 
 def _serving(launches: Sequence[Launch], x: torch.Tensor) -> Launch:
@@ -158,10 +157,7 @@ def _run(
             TensorDescriptor(weight, [*weight.shape], [depth, 1], [launch.columns, launch.depth]),
         )
         stride = depth  # of no use to the kernel, which would be compiled again for others
-    sums, sums_stride, width, share, eps = None, 0, 0, 0.0, 0.0
-    if division is not None:
-        sums, sums_stride, width = division.sums, division.sums.stride(0), division.sums.shape[1]
-        share, eps = 1 / division.channels, division.eps
+    sums, sums_stride, width, share, eps = kernel_arguments(division)
     linear_kernel[(triton.cdiv(columns, launch.columns),)](
         *read, out, sums, *addition, rows, stride, out.stride(0), sums_stride, share, eps,
         N=columns, K=depth, ROWS=launch.rows, COLUMNS=launch.columns, DEPTH=launch.depth,

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_bamba.ops.gated_norm import Division
+from vllm_bamba.ops.gated_norm.reference import divide_reference
 
 
 def skinny_linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -15,9 +16,7 @@ def divided_linear_reference(
     x: torch.Tensor, division: Division | None, weight: torch.Tensor, gated: bool = False
 ) -> torch.Tensor:
     """x [rows, K], weight [N, K], or gated [2N, K]; returns [rows, N]."""
-    y = x @ weight.t()
-    if division is not None:
-        y = y / (division.sums.to(y.dtype).sum(-1, keepdim=True) / division.channels + division.eps).sqrt()
+    y = divide_reference(skinny_linear_reference(x, weight), division)
     if gated:
         gate, up = y.chunk(2, -1)
         y = F.silu(gate) * up

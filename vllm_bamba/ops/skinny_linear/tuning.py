@@ -48,13 +48,13 @@ class Tuning:
         return [o for o in (self.many if columns > MANY else self.few) if depth % o.depth == 0]
 
 
+# for bf16, measured on an H200 and on an H100, gated ones on an H100: see benchmarks/NOTES.md
 GATED = (
     Launch(8, 64, 256, 3, 4, described=True),
     Launch(16, 64, 256, 3, 4, described=True),
     Launch(32, 64, 128, 5, 4, described=True),
     Launch(64, 64, 128, 4, 4, described=True),
 )
-# for bf16, measured on an H200 and on an H100: see benchmarks/NOTES.md
 H200 = Tuning(
     few=(
         Launch(8, 32, 256, 5, 2, described=True),

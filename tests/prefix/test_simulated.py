@@ -282,7 +282,7 @@ def test_groups_need_not_be_asked_where_nothing_is_due(
     seed: int, asynchronous: bool, unit: int, anchored: bool, monkeypatch
 ) -> None:
     asked_where_due = drive(seed, asynchronous=asynchronous, unit=unit, anchored=anchored)
-    monkeypatch.setattr(scheduler, "OnlyWhereDue", lambda manager: SimpleNamespace())
+    monkeypatch.setattr(scheduler, "OnlyWhereDue", lambda manager: SimpleNamespace(forget=lambda request: None))
     asked_always = drive(seed, asynchronous=asynchronous, unit=unit, anchored=anchored)
     assert asked_where_due.seen == asked_always.seen
     assert asked_where_due.worker.tables == asked_always.worker.tables
@@ -312,6 +312,25 @@ def questions(engine: Simulator, answer: int, monkeypatch) -> int:
 def test_an_answer_has_its_groups_asked_once_a_unit(asynchronous: bool, monkeypatch) -> None:
     # where a block begins and where a state is kept
     assert questions(Simulator(asynchronous=asynchronous), 320, monkeypatch) <= 2 * (320 // 16 + 2)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("longest", [1000, 1008])  # a multiple of a unit or not
+def test_the_worker_is_told_of_an_anchored_answers_columns_in_advance(asynchronous: bool, longest: int) -> None:
+    engine = Simulator(Geometry(max_tokens=longest), asynchronous=asynchronous, anchored=True)
+    said, take = [], engine.worker._take
+
+    def listen(output) -> None:
+        said.extend(blocks for blocks in output.scheduled_cached_reqs.new_block_ids if blocks and blocks[0])
+        take(output)
+
+    engine.worker._take = listen
+    engine.ask(text(1, 100), answer=longest - 100)
+    assert engine.wrong == []
+    (tables,) = engine.worker.tables.values()
+    assert len(said) <= 900 // 256 + 2
+    assert [len(table) for table in tables[:-1]] == [63] * 10  # all that a worker's table has
+    assert all(len(set(table[7:])) == 1 for table in tables[:-1])
 
 
 @pytest.mark.parametrize("max_tokens", [32768, 512])  # a context shorter than a block: the block is all that there is

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, MambaManager, SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
@@ -23,7 +23,9 @@ from vllm_bamba.compat import add_key, key_of, register_manager
 from vllm_bamba.prefix.slots import Slots
 
 if TYPE_CHECKING:
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+AHEAD = 16  # columns of a block table that an anchored answer is given at a time
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,10 @@ class BambaStateManager(MambaManager):
 
     The block at a position then holds the state after exactly that many tokens, and no later step writes to it.
 
-    Anchored slots (`state.SlotFormat`) have a third way: an answer goes on in one and the same block, which moves from
-    column to column of the request's table. When the answer ends the block still has the state at the last unit, and is
-    keyed; a step that is in flight then does not change that.
+    Anchored slots (`state.SlotFormat`) have a third way: an answer goes on in one and the same block. Here it stays the
+    request's last; in the worker's block table it stands in all columns to come, of which the worker is told some in
+    advance. When the answer ends the block still has the state at the last unit, and is keyed; a step that is in flight
+    then does not change that.
     """
 
     def __init__(self, kv_cache_spec: Any, block_pool: BlockPool, **kwargs: Any):
@@ -56,6 +59,7 @@ class BambaStateManager(MambaManager):
         self.slots = Slots.of(block_pool)
         self.slots.states.append(self)
         self._last_block: dict[str, int] = {}  # of each request, the block of its last token that is done
+        self._columns: dict[str, int] = {}  # of each anchored answer, columns that the worker has been told
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
@@ -93,41 +97,50 @@ class BambaStateManager(MambaManager):
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         if self.stays(request_id, num_tokens_main_model - 1):
-            return self.go_on(request_id)
+            return self.go_on(request_id, num_tokens_main_model - 1)
         allocated = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         if allocated:
             self.slots.appended.add(request_id)
         return allocated
 
     def stays(self, request_id: str, tokens: int) -> bool:
-        """Whether one token more takes an anchored answer of so many past the end of its block, and it can go on in it.
+        """Whether an anchored answer that has so many tokens, and gets one, has left its block's unit and stays in it.
 
         No prefill gets here: it ends at `prefilled` or one token later.
         """
         blocks = self.req_to_blocks[request_id]
         return (
             self.slots.anchored
-            and tokens == len(blocks) * self.block_size
+            and tokens >= len(blocks) * self.block_size
             and tokens > self.slots.prefilled[request_id]
             and self.block_pool.is_block_writable(blocks[-1])
         )
 
-    def go_on(self, request_id: str) -> list[KVCacheBlock]:
-        """Have it do so; returns the block, which stands in another column of the request's table now."""
+    def lacks_column(self, request_id: str, tokens: int) -> bool:
+        """Whether the worker has not been told the column of such an answer's next token."""
+        return tokens >= self._columns.get(request_id, len(self.req_to_blocks[request_id])) * self.block_size
+
+    def go_on(self, request_id: str, tokens: int) -> list[KVCacheBlock]:
+        """What the worker is to be told of such an answer: its block, once for each further column of its table."""
+        if not self.lacks_column(request_id, tokens):
+            return []
         blocks = self.req_to_blocks[request_id]
-        blocks.append(blocks[-1])
-        blocks[-2] = self._null_block
-        return blocks[-1:]
+        columns = self._columns.get(request_id, len(blocks))
+        more = min(AHEAD, self.slots.columns - columns)
+        self._columns[request_id] = columns + more
+        return blocks[-1:] * more
 
     def remove_skipped_blocks(self, request_id: str, processed_computed_tokens: int, *args: Any, **kwargs: Any) -> None:
         """As vLLM's, where a block may have to be given back: those before that of the last token that is done.
 
         Before the block of the last call there are none any more.
         """
-        last, before = (processed_computed_tokens - 1) // self.block_size, self._last_block.get(request_id, 0)
+        blocks = self.req_to_blocks[request_id]
+        done = min(processed_computed_tokens, len(blocks) * self.block_size)  # an anchored answer stays in the last one
+        last, before = (done - 1) // self.block_size, self._last_block.get(request_id, 0)
         self._last_block[request_id] = max(last, before)
-        if not all(block.is_null for block in self.req_to_blocks[request_id][before : max(last, 0)]):
-            super().remove_skipped_blocks(request_id, processed_computed_tokens, *args, **kwargs)
+        if not all(block.is_null for block in blocks[before : max(last, 0)]):
+            super().remove_skipped_blocks(request_id, done, *args, **kwargs)
 
     def is_settled(self, request_id: str) -> bool:
         """Whether the request has no block before its last one."""
@@ -135,6 +148,7 @@ class BambaStateManager(MambaManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._last_block.pop(request_id, None)
+        self._columns.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def leave(self, request: Request, unit: int) -> None:
@@ -243,7 +257,7 @@ class BambaAttentionManager(FullAttentionManager):
         if positions:
             self._step[request.request_id].append(block)
 
-    def go_on(self, request_id: str) -> list[KVCacheBlock]:
+    def go_on(self, request_id: str, tokens: int) -> list[KVCacheBlock]:
         """None: the next token has room in the last block."""
         return []
 
@@ -261,16 +275,21 @@ class Place(NamedTuple):
     """How far vLLM has gone through the groups for a request.
 
     Attributes:
-        life: how often the request has lost all that it had.
         allocated, keyed, freed: in multiples of some number of tokens.
         settled: whether there was nothing left to give back, nor will be while an anchored answer stays in its block.
     """
 
-    life: int
     allocated: int
     keyed: int
     freed: int
     settled: bool
+
+
+class NoBlocks(KVCacheBlocks):
+    """What most requests get in a step; vLLM's looks at all groups to find that there is nothing."""
+
+    def get_block_ids(self, allow_none: bool = False, **kwargs: Any) -> Any:
+        return None if allow_none else super().get_block_ids(**kwargs)
 
 
 class OnlyWhereDue:
@@ -287,7 +306,8 @@ class OnlyWhereDue:
         self.slots: Slots | None = None
         longest = manager.max_model_len
         self.grain = gcd(*(size for size in manager.coordinator.group_block_sizes if size < longest)) or longest
-        self._places: WeakKeyDictionary[Request, Place] = WeakKeyDictionary()
+        self._nothing = NoBlocks(manager.empty_kv_cache_blocks.blocks)
+        self._places: dict[str, Place] = {}
         self._allocate, self._cache = manager.allocate_slots, manager.cache_blocks
         manager.allocate_slots = self.allocate_slots  # type: ignore[method-assign]
         manager.cache_blocks = self.cache_blocks  # type: ignore[method-assign]
@@ -296,30 +316,30 @@ class OnlyWhereDue:
     def allocate_slots(
         self, request: Request, num_new_tokens: int, num_new_computed_tokens: int = 0, **more: Any
     ) -> KVCacheBlocks | None:
-        start = request.num_computed_tokens + num_new_computed_tokens
+        start, request_id = request.num_computed_tokens + num_new_computed_tokens, request.request_id
         end = start + num_new_tokens
         known = min(end, request.num_tokens)
         done = max(start - request.num_in_flight_tokens, 0)
-        grain = self.grain
-        place = request.num_preemptions, (end - 1) // grain, known // grain
-        freed = (done - 1) // grain
-        before = self._places.get(request)
+        place = (end - 1) // self.grain, known // self.grain
+        freed = (done - 1) // self.grain
+        before = self._places.get(request_id)
         settled = before is not None and before.settled
-        if before is not None and before[:3] == place:
-            blocks = self.manager.empty_kv_cache_blocks
+        blocks: KVCacheBlocks = self._nothing
+        if before is not None and before[:2] == place:
             if before.freed != freed and not settled:
                 settled = self._give_back(request, done)
-        elif self.slots is not None and self.slots.stays(request.request_id, end - 1):
+        elif self.slots is not None and self.slots.stays(request_id, end - 1):
             settled = settled or self._give_back(request, done)
-            managers: Any = self.manager.coordinator.single_type_managers
-            blocks = self.manager.create_kv_cache_blocks(tuple(m.go_on(request.request_id) for m in managers))
+            if self.slots.states[0].lacks_column(request_id, end - 1):
+                managers: Any = self.manager.coordinator.single_type_managers
+                blocks = self.manager.create_kv_cache_blocks(tuple(m.go_on(request_id, end - 1) for m in managers))
             self.slots.text.cache_answer(request, known)
         else:
             given = self._allocate(request, num_new_tokens, num_new_computed_tokens, **more)
             if given is None:
                 return None
             blocks, settled = given, False
-        self._places[request] = Place(*place, freed, settled)
+        self._places[request_id] = Place(*place, freed, settled)
         return blocks
 
     def _give_back(self, request: Request, done: int) -> bool:
@@ -328,9 +348,13 @@ class OnlyWhereDue:
         return self.slots is not None and all(state.is_settled(request.request_id) for state in self.slots.states)
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        place = self._places.get(request)
+        place = self._places.get(request.request_id)
         if place is None or place.keyed != num_computed_tokens // self.grain:
             self._cache(request, num_computed_tokens)
+
+    def forget(self, request: Request) -> None:
+        """The request gives back all that it has."""
+        self._places.pop(request.request_id, None)
 
     def estimate_cached_tokens(self, request: Request) -> int:
         """As vLLM's, which looks at all blocks: the tokens up to which each group has a key, at the first token."""

@@ -23,6 +23,10 @@ class Sparing(Scheduler):
         super().__init__(*args, **kwargs)
         self.due = OnlyWhereDue(self.kv_cache_manager)
 
+    def _free_request_blocks(self, request: Request) -> None:
+        self.due.forget(request)
+        super()._free_request_blocks(request)
+
 
 class SparingAsync(Sparing, AsyncScheduler):
     """The next step is scheduled while one runs."""
@@ -37,6 +41,7 @@ class PrefixAware(Sparing):
         self.slots.limit(SlotOptions.of(self.vllm_config).share)
         form = slot_format(self.vllm_config, BambaShape.from_hf(self.vllm_config.model_config.hf_config))
         self.slots.anchored = form is not None and form.anchored
+        self.slots.columns = -(-self.max_model_len // self.slots.states[0].block_size)
 
     def _mamba_block_aligned_split(
         self,

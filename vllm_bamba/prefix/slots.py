@@ -29,6 +29,7 @@ class Slots:
         self.pool = pool
         self.states: list[BambaStateManager] = []
         self.anchored = False  # as `state.SlotFormat` has it
+        self.columns = 0  # of the worker's block table of states
         self.prefilled: dict[str, int] = {}  # of each request, tokens up to which it is prefilled, or one less
         self.appended: set[str] = set()  # requests whose states got a block in this step, which only it will fill
         self.attention: BambaAttentionManager | None = None
@@ -125,9 +126,9 @@ class Slots:
         self._withdrawn.discard(request_id)
 
     def stays(self, request_id: str, tokens: int) -> bool:
-        """Whether one token more takes an anchored answer of so many past the end of its unit, and needs no block."""
-        fits = tokens % self.text.block_size > 0
-        return fits and all(manager.stays(request_id, tokens) for manager in self.states)
+        """Whether an anchored answer that has so many tokens stays in its blocks with one more, and fills none."""
+        fits = tokens % self.text.block_size > 0 and (tokens + 1) % self.text.block_size > 0
+        return fits and self.states[0].stays(request_id, tokens)
 
     def unit_left(self, request: Request) -> int:
         """Tokens of the last unit of an anchored answer, which others may go on from when it ends; 0: there is none."""

@@ -133,7 +133,8 @@ def empty_slots(form: SlotFormat, plan: DecodePlan) -> FusedSlots:
     rows, device = plan.num_tokens, plan.slots.device
     slots = form.empty(rows + 1, device)
     states = torch.zeros(rows, *slots.ssm.shape[1:], device=device)
-    write_slots(slots, plan.slots[:, 0], plan.lengths, empty_inputs(slots, rows).zero_(), states)
+    all_rows = torch.arange(rows, dtype=torch.int32, device=device)
+    write_slots(slots, plan.slots[:, 0], plan.lengths, empty_inputs(slots, rows).zero_(), states, all_rows)
     return slots
 
 

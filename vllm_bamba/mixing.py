@@ -165,7 +165,8 @@ class FusedMixing(Mixing):
         chunk = PrefillPlan.of_one_chunk(mixer.shape.chunk_size, True, device)
         # slot 0 is padding: kernels are made, and write nothing
         inputs = empty_inputs(slots, 1)
-        write_slots(slots, chunk.slots, chunk.lengths, inputs, read_slots(slots, mixer.A, chunk, inputs))
+        states = read_slots(slots, mixer.A, chunk, inputs)
+        write_slots(slots, chunk.slots, chunk.lengths, inputs, states, chunk.last_chunk)
         xBC, _ = self._split(projected.new_zeros(chunk.num_tokens, projected.shape[1]))
         causal_conv1d_prefill(xBC, mixer.conv1d.weight, mixer.conv1d.bias, inputs, chunk)
 
@@ -195,15 +196,15 @@ class FusedMixing(Mixing):
         x, B, C = self._heads(xBC)
         y = x.new_empty(x.shape) if self.divides_later else self._by_head(output)
         limit = mixer.shape.time_step_limit
-        states = scan(
+        states, which = scan(
             x, dt, mixer.A, B, C, mixer.D, mixer.dt_bias, limit, initial, plan, y, torch.float32
         )  # fmt: skip
         if self.divides_later:
             gate = projected[:, : mixer.shard.local_intermediate]
             gate_for_later(y.flatten(1), gate, mixer.norm.weight, output)
-        write_slots(slots, plan.slots, plan.lengths, inputs[: 1 + sequences], states[:sequences])
+        write_slots(slots, plan.slots, plan.lengths, inputs[: 1 + sequences], states, which[:sequences])
         if inner is not None:
-            write_slots(slots, inner.slots, inner.lengths, inputs[sequences:], states[sequences:])
+            write_slots(slots, inner.slots, inner.lengths, inputs[sequences:], states, which[sequences:])
 
 
 @functools.cache  # never forgets: graphs read it

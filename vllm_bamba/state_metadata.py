@@ -136,7 +136,7 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
         metadata = super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
         inner = metadata.checkpoint_meta
         if isinstance(inner, InnerStateMetadata):
-            chunks = torch.cat([metadata.last_chunk_indices_p.long(), metadata.checkpoint_chunk_idx])
+            chunks = torch.cat([metadata.last_chunk_indices_p, metadata.checkpoint_chunk_idx.int()])
             inner = replace(inner, chunks=chunks)
             metadata = replace(metadata, checkpoint_meta=inner)
         if self.lone is None or metadata.num_prefills != 1 or metadata.num_prefill_tokens > self.lone.most:

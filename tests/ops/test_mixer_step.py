@@ -69,7 +69,7 @@ class Batch:
         states = randn_rows(7, len(slots), HEADS, HEAD_DIM, STATE, dtype=form.dtype).float()
         behind_padding = empty_inputs(self.fused, len(slots)).fill_(float("nan"))
         behind_padding[1:] = inputs
-        write_slots(self.fused, ints(slots), ints(lengths), behind_padding, states)
+        write_slots(self.fused, ints(slots), ints(lengths), behind_padding, states, ints([*range(len(slots))]))
         self.exact = [(i.double(), s.double()) for i, s in zip(inputs, states, strict=True)]
         self.plain = [(i, stored(s, form)) for i, s in zip(inputs, states, strict=True)]
 
@@ -270,7 +270,7 @@ def test_small_time_steps_keep_their_relative_precision() -> None:
     batch.weights.dt_bias.fill_(-20)
     plan, inputs = prefill_plan([1], [7], [5]), empty_inputs(batch.fused, 1)
     states = read_slots(batch.fused, batch.weights.A, plan, inputs)
-    write_slots(batch.fused, ints([7]), ints([5]), inputs, torch.zeros_like(states))
+    write_slots(batch.fused, ints([7]), ints([5]), inputs, torch.zeros_like(states), ints([0]))
     batch.exact[0] = batch.exact[0][0], torch.zeros_like(batch.exact[0][1])
     batch.plain[0] = batch.plain[0][0], torch.zeros_like(batch.plain[0][1])
     batch.step()
@@ -468,7 +468,7 @@ def test_rounding_to_8_bits_keeps_the_mean(dtype: torch.dtype, largest: int, val
     states[..., 0] = largest
     slots = list(range(1, 200))
     lengths = ints([1 + n for n in range(199)])
-    write_slots(fused, ints(slots), lengths, empty_inputs(fused, 199).zero_(), states.expand(199, -1, -1, -1))
+    write_slots(fused, ints(slots), lengths, empty_inputs(fused, 199).zero_(), states, ints([0] * 199))
     assert torch.equal(fused.scale[1:], torch.ones_like(fused.scale[1:]))
     assert (fused.ssm[1:, ..., 0].float() == largest).all()
     steps = fused.ssm[1:, ..., 1:].double() / step

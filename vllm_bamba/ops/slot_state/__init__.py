@@ -107,7 +107,12 @@ def read_slots(slots: FusedSlots, A: torch.Tensor, plan: PrefillPlan, inputs: to
 
 
 def write_slots(
-    slots: FusedSlots, places: torch.Tensor, lengths: torch.Tensor, inputs: torch.Tensor, states: torch.Tensor
+    slots: FusedSlots,
+    places: torch.Tensor,
+    lengths: torch.Tensor,
+    inputs: torch.Tensor,
+    states: torch.Tensor,
+    rows: torch.Tensor,
 ) -> None:
     """Store what sequences have after some of their tokens, with empty rings.
 
@@ -116,17 +121,18 @@ def write_slots(
         places: int32 [sequences], which slots; nothing is written to slot 0.
         lengths: int32 [sequences], tokens of each sequence up to there.
         inputs: of the convolution, as `empty_inputs` lays them out and in the dtype of its slots.
-        states: fp32 [sequences, heads, head_dim, state].
+        states: fp32 [any number, heads, head_dim, state].
+        rows: int32 [sequences], which of `states` are theirs.
 
     Raises:
         ValueError: `inputs` is laid out in another way.
     """
     _, width, channels = slots.conv.shape
-    if inputs.shape != (1 + len(states), channels, width - 1) or not inputs.transpose(1, 2).is_contiguous():
+    if inputs.shape != (1 + len(rows), channels, width - 1) or not inputs.transpose(1, 2).is_contiguous():
         raise ValueError(f"inputs {tuple(inputs.shape)} of {inputs.dtype} are not laid out as by `empty_inputs`")
     tensors = (slots.conv, slots.ssm, slots.scale, slots.ring_dt, slots.anchor_conv, slots.anchor)
-    write_kernel[_programs(slots), len(states)](
-        inputs, states.contiguous(), places, lengths, *tensors, *slot_strides(tensors),
+    write_kernel[_programs(slots), len(rows)](
+        inputs, states.contiguous(), rows, places, lengths, *tensors, *slot_strides(tensors),
         **_constants(slots), ANCHORED=slots.anchor is not None,
     )  # fmt: skip
 

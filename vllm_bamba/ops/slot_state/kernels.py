@@ -57,7 +57,7 @@ def read_kernel(
 
 @of_any_batch
 def write_kernel(
-    inputs, states, slots, lengths, conv, ssm, scale, ring_dt, anchor_conv, anchor,
+    inputs, states, rows_of, slots, lengths, conv, ssm, scale, ring_dt, anchor_conv, anchor,
     conv_stride, ssm_stride, scale_stride, ring_dt_stride, anchor_conv_stride, anchor_stride,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr,
     REPLAY: tl.constexpr, QUANTISED: tl.constexpr, ANCHORED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -81,7 +81,7 @@ def write_kernel(
     rows, tile = tile_of(head * HEAD_DIM, p, n)
     if QUANTISED:
         scale += slot * scale_stride
-    state = tl.load(states + sequence.to(tl.int64) * HEADS * HEAD_DIM * STATE + tile)
+    state = tl.load(states + tl.load(rows_of + sequence).to(tl.int64) * HEADS * HEAD_DIM * STATE + tile)
     store_state(state, ssm + slot * ssm_stride, scale, rows, tile, length, QUANTISED)
     if REPLAY > 0:
         empty = tl.zeros([REPLAY], tl.float32)

@@ -60,10 +60,10 @@ def ssd_prefill(
     initial = None
     if plan.any_continues:
         initial = torch.where(plan.continues[:, None, None, None], ssm_state[plan.slots], 0)
-    states = scan(x, dt, A, B, C, D, dt_bias, dt_limit, initial, plan, out, ssm_state.dtype)
-    ssm_state[plan.slots] = states[: len(plan.slots)]
+    states, rows = scan(x, dt, A, B, C, D, dt_bias, dt_limit, initial, plan, out, ssm_state.dtype)
+    ssm_state[plan.slots] = states[rows[: len(plan.slots)]]
     if plan.inner is not None:
-        ssm_state[plan.inner.slots] = states[len(plan.slots) :]
+        ssm_state[plan.inner.slots] = states[rows[len(plan.slots) :]]
 
 
 @functools.cache

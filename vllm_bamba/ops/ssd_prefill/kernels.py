@@ -32,8 +32,13 @@ def scan(
     plan: PrefillPlan,
     out: torch.Tensor,
     state_dtype: torch.dtype,
-) -> torch.Tensor:
-    """Write y to `out`; return the last states [sequences, heads, head_dim, state], behind them the inner ones."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write y to `out`.
+
+    Returns:
+        States [any number, heads, head_dim, state], and which of them are the sequences' last ones and, behind these,
+        the inner ones: int32 [sequences], with `plan.inner` twice as many.
+    """
     states = mamba_chunk_scan_combined_varlen(
         x,
         dt,
@@ -51,7 +56,7 @@ def scan(
         initial_states=initial,
         dt_softplus=True,
         dt_limit=dt_limit,
-        return_intermediate_states=plan.inner is not None,
+        return_intermediate_states=True,
         state_dtype=state_dtype,
     )
-    return states if plan.inner is None else states[plan.inner.chunks]
+    return states, plan.last_chunk if plan.inner is None else plan.inner.chunks

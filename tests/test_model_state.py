@@ -1,5 +1,6 @@
 """Which states Model Runner V2 is asked to move, against vLLM's rule for all requests of a batch."""
 
+import contextlib
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 from vllm_bamba.model import BambaForCausalLM
@@ -63,6 +66,7 @@ def batch_of(rows: list[int], computed: list[int], new: list[int]) -> Any:
         query_start_loc=torch.tensor(starts, dtype=torch.int32),
         num_scheduled_tokens=np.array(new, dtype=np.int32),
         num_computed_tokens_np=np.array(computed, dtype=np.int32),
+        num_reqs_after_padding=-(-len(rows) // 4) * 4,
     )
 
 
@@ -123,7 +127,9 @@ def test_rings_are_folded_of_sequences_that_have_a_state_and_pass_the_end_of_a_b
     ways = {name: mixing(i) for i, name in enumerate(("a", "b", "c"))}
     state.anchored, state.device = ways, torch.device("cpu")
     groups = SimpleNamespace(
-        kv_cache_groups=[SimpleNamespace(layer_names=names) for names in (["a", "c"], ["attention"], ["b"])]
+        kv_cache_groups=[
+            SimpleNamespace(layer_names=names, kv_cache_spec=None) for names in (["a", "c"], ["attention"], ["b"])
+        ]
     )
     tables = [torch.zeros(TABLE, 9, dtype=torch.int32) for _ in range(3)]
     state.initialize_kv_cache(groups, SimpleNamespace(input_block_tables=tables))
@@ -137,6 +143,91 @@ def test_rings_are_folded_of_sequences_that_have_a_state_and_pass_the_end_of_a_b
     assert (16 * layers.offsets).tolist() == [0, 2 * pages.stride(0), pages.stride(0)]
     state.preprocess_state(batch_of([5, 3], [17, 0], [1, 40]))
     assert len(asked) == 1
+
+
+class Tables:
+    """What a scheduler has told a worker: blocks of two groups of Mamba layers, by rows of the request table."""
+
+    GROUPS = (["a", "c"], ["attention"], ["b"])
+
+    def __init__(self, way: str) -> None:
+        self.way, self.fresh = way, iter(range(1, 1 << 30))
+        self.num_blocks = SimpleNamespace(np=np.zeros((3, TABLE), dtype=np.int32))
+        self.blocks: dict[int, list[int]] = {}
+        self.input_block_tables = None
+        spec = MambaSpec(block_size=BLOCK, shapes=((1,),), dtypes=(torch.float32,))
+        groups = [SimpleNamespace(layer_names=n, kv_cache_spec=None if "attention" in n else spec) for n in self.GROUPS]
+        self.config, self.attn_groups = SimpleNamespace(kv_cache_groups=groups), [[group] for group in groups]
+
+    def give(self, row: int, tokens: int, new: int) -> None:
+        """Room for a step of a request that has so many tokens."""
+        blocks = self.blocks.setdefault(row, [])
+        missing = -(-(tokens + new) // BLOCK) - len(blocks)
+        if self.way == "none":
+            blocks[:] = blocks or [next(self.fresh)]
+        elif self.way == "anchored" and blocks and missing > 0 and new == 1:
+            blocks += 3 * [blocks[-1]]
+        elif missing > 0:
+            blocks += [0] * (missing - 1) + [next(self.fresh)]
+        self.num_blocks.np[[0, 2], row] = len(blocks)
+        self.num_blocks.np[1, row] = (tokens + new) // 7
+
+    def describe(self, batch: Any) -> list[int]:
+        """Blocks with the states that a step writes."""
+        ends = batch.num_computed_tokens_np + batch.num_scheduled_tokens
+        columns = [0 if self.way == "none" else (end - 1) // BLOCK for end in ends]
+        return [self.blocks[row][column] for row, column in zip(batch.idx_mapping_np, columns, strict=True)]
+
+
+@pytest.mark.parametrize("way", ["none", "copied", "anchored"])
+def test_mamba_layers_are_not_asked_again_only_where_they_would_say_the_same(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance, tables, asked, read_by_graphs = random.Random(1), Tables(way), [], {}
+
+    def prepare_attn(self, batch, mode, block_tables, slot_mappings, attn_groups, config, for_capture=False):
+        asked.append([name for of in attn_groups for group in of for name in group.layer_names])
+        for name in asked[-1]:
+            read_by_graphs[name] = [] if batch is dummy else tables.describe(batch)
+        if chance.random() < 0.02:
+            raise RuntimeError("out of memory")
+        return dict.fromkeys(asked[-1])
+
+    state = model_state(monkeypatch, SimpleNamespace(before=lambda batch: None))
+    for name, function in {
+        "prepare_attn": prepare_attn, "add_request": lambda *args: None, "initialize_kv_cache": lambda *args: None
+    }.items():  # fmt: skip
+        monkeypatch.setattr(MambaHybridModelState, name, function)
+    state.initialize_kv_cache(tables.config, tables)
+    dummy, computed, rows, graphs = batch_of([0], [1], [1]), dict.fromkeys(range(TABLE), 0), [0], 0
+    for _ in range(4000):
+        if chance.random() < 0.05:
+            with contextlib.suppress(RuntimeError):
+                state.prepare_attn(dummy, CUDAGraphMode.FULL, None, None, tables.attn_groups, None, for_capture=True)
+        if chance.random() < 0.1:
+            rows = chance.sample(range(TABLE), chance.randint(1, 5))
+        for row in rows:
+            if computed[row] == 0 or chance.random() < 0.01:
+                computed[row] = chance.choice([0, 0, 20])  # tokens whose states another engine has sent
+                tables.blocks.pop(row, None)
+                state.add_request(row, None)
+        new = [chance.randint(2, 40) if computed[row] == 0 else 1 for row in rows]
+        for row, tokens in zip(rows, new, strict=True):
+            tables.give(row, computed[row], tokens)
+        batch = batch_of(rows, [computed[row] for row in rows], new)
+        mode = CUDAGraphMode.FULL if max(new) == 1 and chance.random() < 0.95 else CUDAGraphMode.PIECEWISE
+        state.preprocess_state(batch)
+        with contextlib.suppress(RuntimeError):
+            metadata = state.prepare_attn(batch, mode, None, None, tables.attn_groups, None)
+            assert metadata.keys() == {"a", "b", "c", "attention"}
+            assert all(slots == tables.describe(batch) for slots in read_by_graphs.values())
+        for row, tokens in zip(rows, new, strict=True):
+            computed[row] += tokens
+        graphs += mode == CUDAGraphMode.FULL
+    assert all("attention" in names for names in asked)
+    spared = sum(names == ["attention"] for names in asked)
+    assert spared > 0.5 * graphs
+    assert spared < graphs
 
 
 @pytest.mark.parametrize(

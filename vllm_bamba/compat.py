@@ -32,6 +32,10 @@ operator `vllm::mamba_mixer2`
 `num_computed_tokens_np` of V2's batch, `input_block_tables`
     Model Runner V2 moves only states that go on in another block: see `model_state.py`. Run in 0.33; the CPU engine has
     V1 alone. Goes when vLLM's kernels are launched for those states alone.
+`MambaHybridModelState.add_request`, `.prepare_attn`, `idx_mapping_np` and `num_reqs_after_padding` of V2's batch,
+`num_blocks` of its block tables
+    Mamba layers are asked again about a batch of decodes only if something has changed. Likewise run in 0.33 alone.
+    Goes when vLLM keeps what it said of a batch.
 `vllm.model_executor.layers.mamba.ops`
     The operators underneath ours. Goes operator by operator, as each gets a kernel of its own.
 `configs`, `cache` and `cache_results` of its autotuned scan kernels (Triton 3.6 and 3.9)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 from vllm_bamba.mixer import BambaMixer
@@ -33,7 +35,7 @@ class Moves:
 
 
 class BambaModelState(MambaHybridModelState):
-    """vLLM's, which without drafts launches fewer and smaller kernels.
+    """vLLM's, which without drafts launches fewer and smaller kernels, and describes a batch of decodes once.
 
     Before and after every step vLLM launches programs for every request, layer and part of a state, and leaves it to
     them to find that there is nothing to do: it takes what the host knows of requests' lengths for upper bounds. Only
@@ -41,6 +43,9 @@ class BambaModelState(MambaHybridModelState):
     block in a step, and nothing is left to do behind it.
 
     Anchored slots (`state.SlotFormat`) are moved, or stay, with their rings folded, by a kernel of our own.
+
+    CUDA graphs of decodes read from fixed addresses which slots they work on. What stands there stays right while the
+    same requests decode and get no blocks, so the groups of Mamba layers, ten of the 9B, are not asked for it again.
     """
 
     def __init__(self, vllm_config: Any, model: Any, *args: Any):
@@ -49,10 +54,23 @@ class BambaModelState(MambaHybridModelState):
         ways = {mixer.prefix: mixer.mixing for mixer in model.modules() if isinstance(mixer, BambaMixer)}
         self.anchored = {name: way for name, way in ways.items() if isinstance(way, FusedMixing) and way.form.anchored}
         self.slots: LayerSlots | None = None
+        self._blocks: np.ndarray | None = None  # of each request, and the same in all groups of Mamba layers
+        self._real: Any = None  # the batch that `preprocess_state` was called with
+        self._decodes: tuple[Any, ...] = ()  # the last batch, if it was of decodes in a CUDA graph
+        self._described: dict[str, Any] = {}  # what it was to each Mamba layer
+
+    def add_request(self, *args: Any) -> None:
+        """As vLLM's; its row of the request table may have been another's."""
+        super().add_request(*args)
+        self._decodes = ()
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         """As vLLM's, and note where anchored slots are."""
         super().initialize_kv_cache(kv_cache_config, block_tables)
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        of_states = [i for i, spec in enumerate(specs) if isinstance(spec, MambaSpec)]
+        if of_states:
+            self._blocks = block_tables.num_blocks.np[of_states[0]]
         if not self.anchored:
             return
         from vllm_bamba.ops.slot_state import LayerSlots
@@ -69,6 +87,7 @@ class BambaModelState(MambaHybridModelState):
 
     def preprocess_state(self, input_batch: Any, *args: Any) -> None:
         """Have states in the blocks in which this step writes them."""
+        self._real = input_batch
         if self._align_mode and not self.takes_back:
             moved = self.moved(input_batch)
             if not len(moved):
@@ -78,6 +97,45 @@ class BambaModelState(MambaHybridModelState):
                 return
             input_batch = self.moves(input_batch, moved)
         super().preprocess_state(input_batch, *args)
+
+    def prepare_attn(
+        self,
+        input_batch: Any,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: Any,
+        slot_mappings: Any,
+        attn_groups: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As vLLM's, without Mamba layers where they know already."""
+        decodes = self.decodes(input_batch, cudagraph_mode)
+        known = bool(decodes) and decodes == self._decodes
+        self._decodes = ()  # if what follows fails
+        if known:
+            attn_groups = [[g for g in of if not isinstance(g.kv_cache_spec, MambaSpec)] for of in attn_groups]
+        metadata = super().prepare_attn(
+            input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, *args, **kwargs
+        )
+        if known:
+            metadata |= self._described
+        else:
+            groups = [g for of in attn_groups for g in of if isinstance(g.kv_cache_spec, MambaSpec)]
+            self._described = {name: metadata[name] for group in groups for name in group.layer_names}
+        self._decodes = decodes
+        return metadata
+
+    def decodes(self, input_batch: Any, cudagraph_mode: CUDAGraphMode) -> tuple[Any, ...]:
+        """What decides on which slots a batch of decodes in a CUDA graph works; empty for any other batch.
+
+        Graphs of whole batches are of decodes only: Mamba layers have no others.
+        """
+        if input_batch is not self._real or cudagraph_mode != CUDAGraphMode.FULL or self.takes_back:
+            return ()
+        if self._blocks is None:
+            return ()
+        rows = input_batch.idx_mapping_np
+        return input_batch.num_reqs_after_padding, rows.tobytes(), self._blocks[rows].tobytes()
 
     def postprocess_state(self, *args: Any) -> None:
         """Have rejected tokens taken back."""

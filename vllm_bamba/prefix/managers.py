@@ -25,7 +25,7 @@ from vllm_bamba.prefix.slots import Slots
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
-AHEAD = 16  # columns of a block table that an anchored answer is given at a time
+AHEAD = 64  # columns of a block table that an anchored answer is given at a time
 
 
 @dataclass(frozen=True)

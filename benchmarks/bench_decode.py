@@ -3,7 +3,7 @@
     python benchmarks/bench_decode.py --shape 9b
     python benchmarks/bench_decode.py --shape 9b --variants fused fused_slots --batches 128
     python benchmarks/bench_decode.py --shape 9b --variants vllm_operators fused --batches 128 --profile /tmp/profile
-    python benchmarks/bench_decode.py --shape 9b --variants fused fused_slots --batches 128 --offline 4
+    python benchmarks/bench_decode.py --shape 9b --variants fused fused_slots --batches 128 --offline 4 --cache-gib 38
 
 Every variant is an engine in a process of its own, and all of them are ready before the first is timed: they take turns
 batch by batch on the same GPU. A step is the time that a longer answer takes more than a shorter one, over the tokens
@@ -14,6 +14,7 @@ Prompts are of one length, so that with prefix slots all requests pass the end o
 the most that the host can have to do at once. With --prompts mixed they are of 16 lengths, as users' are of all.
 
 With --offline whole runs are timed, prefills included: several times as many requests as a batch has, all at once.
+Give all engines the same cache then (--cache-gib): by default each has what requests that run need, and none to spare.
 """
 
 import argparse

@@ -65,14 +65,15 @@ the same, and `MambaManager.cache_blocks`
     vLLM publishes a wrong state where prompts part: see below.
 `MambaSpec.state_content_size_bytes`
     vLLM cuts copies of shared attention blocks short: see below.
-`Scheduler._preempt_request`, `._free_request_blocks`, `.reset_prefix_cache`
-    Steps that are not run, requests that end, caches that are emptied. Goes with the slots.
+`Scheduler._preempt_request`, `._free_request_blocks`, `._update_request_as_session`, `.reset_prefix_cache`
+    Steps that are not run, requests that end or go on with more of a prompt, caches that are emptied. Goes with the
+    slots.
 `MambaManager.get_num_blocks_to_allocate`, `.allocate_new_blocks`, `BlockPool.is_block_writable`,
 `KVCacheManager.create_kv_cache_blocks`, its coordinator's `single_type_managers`
     An answer of anchored slots stays in its block; in 0.32 only simulated, since those need V2. Goes when vLLM lets a
     state's block serve for more than one column.
-`KVCacheManager.allocate_slots`, `.cache_blocks`, `.remove_skipped_blocks`, `.max_model_len`, its coordinator's
-`group_block_sizes`, `.empty_kv_cache_blocks`, `KVCacheBlocks.get_block_ids`, `Request.num_in_flight_tokens`
+`KVCacheManager.allocate_slots`, `.cache_blocks`, `.remove_skipped_blocks`, `.empty_kv_cache_blocks`, `.max_model_len`,
+its coordinator's `group_block_sizes`, `KVCacheBlocks.get_block_ids`, `Request.num_in_flight_tokens`
     Groups are asked only when they have something to do. Goes when vLLM does not ask each of them for each token.
 `KVCacheManager.estimate_cached_tokens`
     Called once a request, before its first token is given out; vLLM's scans all blocks, ours stops at the last one with

@@ -1,4 +1,4 @@
-"""What vLLM's Model Runner V2 does to states between steps, without what only speculation needs."""
+"""What vLLM's Model Runner V2 does to states between steps, and says of them, without what only speculation needs."""
 
 from __future__ import annotations
 

@@ -6,8 +6,7 @@ asks the metadata's builder where it is. A prompt's reusable end then costs no s
 *A lone prefill* of few tokens is described at fixed addresses as well, for `prefill_graphs`.
 
 *Decodes in a CUDA graph* differ from one group of layers to the next in their slots alone, which the graph reads at one
-address a group: one operation fetches them, where vLLM goes through all of the metadata. A step of the 9B asks ten
-groups.
+address a group: one operation fetches them, where vLLM goes through all of the metadata. The 9B has ten groups.
 
 *First tokens alone.* Model Runner V1 replays graphs of decodes for any batch of one token a sequence, prompts of one
 token among them, which vLLM describes as prefills: nobody tells the graph. Here they are decodes from a state of zeros.

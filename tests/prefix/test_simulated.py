@@ -6,12 +6,14 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from vllm.sampling_params import SamplingParams
+from vllm.v1.request import Request, RequestStatus
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # for benchmarks
 
 import vllm_bamba
 from benchmarks import prefix_hits as scenario
-from benchmarks.simulator import Geometry, Simulator
+from benchmarks.simulator import Geometry, Seen, Simulator
 from vllm_bamba.prefix import scheduler
 from vllm_bamba.prefix.managers import BambaStateManager
 
@@ -331,6 +333,34 @@ def test_the_worker_is_told_of_an_anchored_answers_columns_in_advance(asynchrono
     assert len(said) <= 2
     assert [len(table) for table in tables[:-1]] == [63] * 10  # all that a worker's table has
     assert all(len(set(table[7:])) == 1 for table in tables[:-1])
+
+
+@pytest.mark.parametrize("more", [3, 10, 40, 600])
+@pytest.mark.parametrize("asynchronous", [False, True])
+@anchored_or_not
+def test_a_session_goes_on_from_its_answer_with_more_of_the_prompt(
+    asynchronous: bool, anchored: bool, more: int
+) -> None:
+    """vLLM's streaming input: the request is scheduled as a new one, without having given anything back."""
+    engine = Simulator(asynchronous=asynchronous, anchored=anchored)
+
+    def say(tokens: list[int]) -> None:
+        sampling = SamplingParams(max_tokens=100, ignore_eos=True)
+        engine.scheduler.add_request(
+            Request("chat", tokens, sampling, None, block_hasher=engine._hasher, resumable=True)
+        )
+        (session,) = engine.scheduler.requests.values()
+        engine.seen["chat"] = Seen(list(session.all_token_ids))
+        steps = 0
+        while session.status != RequestStatus.WAITING_FOR_STREAMING_REQ:
+            engine.step()
+            steps += 1
+            assert steps < 200
+        assert steps >= 100
+
+    for tokens in (text(1, 100), text(2, more), text(3, 50)):
+        say(tokens)
+    assert engine.wrong == []
 
 
 @pytest.mark.parametrize("max_tokens", [32768, 512])  # a context shorter than a block: the block is all that there is

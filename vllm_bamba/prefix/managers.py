@@ -130,6 +130,14 @@ class BambaStateManager(MambaManager):
         self._columns[request_id] = columns + more
         return blocks[-1:] * more
 
+    def stand_at(self, request_id: str, tokens: int) -> None:
+        """Have a request's last block stand where the last of so many tokens is: the worker is told of all again."""
+        blocks = self.req_to_blocks[request_id]
+        missing = -(-tokens // self.block_size) - len(blocks)
+        if missing > 0:  # an anchored answer's
+            blocks[-1:] = [self._null_block] * missing + blocks[-1:]
+        self._columns.pop(request_id, None)
+
     def remove_skipped_blocks(self, request_id: str, processed_computed_tokens: int, *args: Any, **kwargs: Any) -> None:
         """As vLLM's, where a block may have to be given back: those before that of the last token that is done.
 

@@ -83,6 +83,12 @@ class PrefixAware(Sparing):
         self.slots.withdraw(request.request_id, self.slots.text.keyed_in_this_step(request.request_id))
         super()._preempt_request(request, *args, **kwargs)
 
+    def _update_request_as_session(self, session: Request, update: Any) -> None:
+        """As vLLM's: after an answer more of the prompt has come, and the request is scheduled as a new one."""
+        for states in self.slots.states:
+            states.stand_at(session.request_id, session.num_computed_tokens)
+        super()._update_request_as_session(session, update)
+
     def _free_request_blocks(self, request: Request) -> None:
         """As vLLM's, but first an anchored answer's last unit is made to be found."""
         if unit := self.slots.unit_left(request):

@@ -126,7 +126,10 @@ class Slots:
         self._withdrawn.discard(request_id)
 
     def stays(self, request_id: str, tokens: int) -> bool:
-        """Whether an anchored answer that has so many tokens stays in its blocks with one more, and fills none."""
+        """Whether an anchored answer that has so many tokens stays in its blocks with one more, and fills none.
+
+        The last of them may not be known yet, but no more: vLLM schedules one step of a request ahead.
+        """
         fits = tokens % self.text.block_size > 0 and (tokens + 1) % self.text.block_size > 0
         return fits and self.states[0].stays(request_id, tokens)
 

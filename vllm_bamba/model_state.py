@@ -54,10 +54,12 @@ class BambaModelState(MambaHybridModelState):
         ways = {mixer.prefix: mixer.mixing for mixer in model.modules() if isinstance(mixer, BambaMixer)}
         self.anchored = {name: way for name, way in ways.items() if isinstance(way, FusedMixing) and way.form.anchored}
         self.slots: LayerSlots | None = None
-        self._blocks: np.ndarray | None = None  # of each request, and the same in all groups of Mamba layers
+        self._blocks: np.ndarray | None = (
+            None  # of each request, the same in all groups of Mamba layers; without drafts
+        )
         self._real: Any = None  # the batch that `preprocess_state` was called with
         self._decodes: tuple[Any, ...] = ()  # the last batch, if it was of decodes in a CUDA graph
-        self._described: dict[str, Any] = {}  # what it was to each Mamba layer
+        self._described: dict[str, Any] = {}  # what it was to each layer
 
     def add_request(self, *args: Any) -> None:
         """As vLLM's; its row of the request table may have been another's."""
@@ -69,7 +71,7 @@ class BambaModelState(MambaHybridModelState):
         super().initialize_kv_cache(kv_cache_config, block_tables)
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         of_states = [i for i, spec in enumerate(specs) if isinstance(spec, MambaSpec)]
-        if of_states:
+        if of_states and not self.takes_back:
             self._blocks = block_tables.num_blocks.np[of_states[0]]
         if not self.anchored:
             return
@@ -118,11 +120,8 @@ class BambaModelState(MambaHybridModelState):
             input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, *args, **kwargs
         )
         if known:
-            metadata |= self._described
-        else:
-            groups = [g for of in attn_groups for g in of if isinstance(g.kv_cache_spec, MambaSpec)]
-            self._described = {name: metadata[name] for group in groups for name in group.layer_names}
-        self._decodes = decodes
+            metadata = self._described | metadata
+        self._decodes, self._described = decodes, metadata
         return metadata
 
     def decodes(self, input_batch: Any, cudagraph_mode: CUDAGraphMode) -> tuple[Any, ...]:
@@ -130,9 +129,7 @@ class BambaModelState(MambaHybridModelState):
 
         Graphs of whole batches are of decodes only: Mamba layers have no others.
         """
-        if input_batch is not self._real or cudagraph_mode != CUDAGraphMode.FULL or self.takes_back:
-            return ()
-        if self._blocks is None:
+        if self._blocks is None or input_batch is not self._real or cudagraph_mode != CUDAGraphMode.FULL:
             return ()
         rows = input_batch.idx_mapping_np
         return input_batch.num_reqs_after_padding, rows.tobytes(), self._blocks[rows].tobytes()

@@ -116,19 +116,22 @@ class BambaStateManager(MambaManager):
             and self.block_pool.is_block_writable(blocks[-1])
         )
 
+    def columns(self, request_id: str) -> int:
+        """Of the request's block table, those that the worker has been told."""
+        return self._columns.get(request_id, len(self.req_to_blocks[request_id]))
+
     def lacks_column(self, request_id: str, tokens: int) -> bool:
         """Whether the worker has not been told the column of such an answer's next token."""
-        return tokens >= self._columns.get(request_id, len(self.req_to_blocks[request_id])) * self.block_size
+        return tokens >= self.columns(request_id) * self.block_size
 
     def go_on(self, request_id: str, tokens: int) -> list[KVCacheBlock]:
         """What the worker is to be told of such an answer: its block, once for each further column of its table."""
         if not self.lacks_column(request_id, tokens):
             return []
-        blocks = self.req_to_blocks[request_id]
-        columns = self._columns.get(request_id, len(blocks))
+        columns = self.columns(request_id)
         more = min(AHEAD, self.slots.columns - columns)
         self._columns[request_id] = columns + more
-        return blocks[-1:] * more
+        return self.req_to_blocks[request_id][-1:] * more
 
     def stand_at(self, request_id: str, tokens: int) -> None:
         """Have a request's last block stand where the last of so many tokens is: the worker is told of all again."""

@@ -53,7 +53,12 @@ PROFILED = 16  # tokens by which the longer of two profiles is longer
 STEP_TOKENS = 2048  # the most of a step: activations stay small
 OFFLINE_PROMPT = 256  # tokens of the shortest prompt of whole runs
 OFFLINE_STEP_TOKENS = 8192  # the most of their steps
-CACHED = {"vllm_operators_align": "vllm_operators", "vllm_operators_slots": "vllm_operators", "fused_slots": "fused"}
+CACHED = {  # variants with prefix caching -> the same without
+    "vllm_operators_align": "vllm_operators",
+    "vllm_operators_slots": "vllm_operators",
+    "fused_slots": "fused",
+    "fused_int8_slots": "fused_int8",
+}
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -57,7 +57,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--fill", type=int, default=1, help="startup: untimed starts that fill the caches for the warm ones"
     )
     parser.add_argument("--dtype", default="auto", help="auto: bfloat16 on a GPU, float32 without")
-    parser.add_argument("--state-dtype", default="auto", help="of the SSM state; auto: vLLM's default, --dtype")
+    parser.add_argument("--state-dtype", default="auto", help="of the SSM state; auto: what each engine has by default")
     parser.add_argument(
         "--cache-mode",
         choices=["none", "align", "slots"],
@@ -131,6 +131,8 @@ class Bench:
         common |= {"weights": "random" if random else "checkpoint", "details": shlex.join(self.engine_flags(model))}
         mode = self.args.cache_mode
         common["cache_mode"] = "align" if mode == "slots" and model != "bamba" else mode
+        if model == "bamba" and self.args.state_dtype == "auto":
+            common["state_dtype"] = "auto"  # as `vllm_bamba.step_options` says of the GPU
         self.results.add(**common | {"verified": "n/a: random weights" if random else "n/a"} | columns)
 
     def model_name(self, model: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from rows import dtype_name
 from transformers import BambaForCausalLM
 from transformers.models.bamba import modeling_bamba
+from variants import columns
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -148,9 +149,7 @@ class Vllm:
             **options,
         )
         config = self.llm.llm_engine.vllm_config
-        from vllm_bamba.model import BambaForCausalLM as Served
-
-        self.state_dtype = dtype_name(Served.get_mamba_state_dtype_from_config(config)[1])
+        self.state_dtype = columns(config)["state_dtype"]
         compilation = config.compilation_config
         self.details = f"compilation {compilation.mode.name.lower()}; CUDA graphs {_graphs(compilation)}"
 

@@ -9,6 +9,9 @@
 | `fused_slots` | the same | prefix-aware slots |
 | `fused_every_step` | our own kernel, states written after every token | off |
 | `fused_int8`, `fused_fp8` | our own kernel, states of 8 bits | off |
+| `fused_int8_slots` | the same, what nobody asks for on an H100 or H200 | prefix-aware slots |
+
+States are in the precision of activations where a variant does not say 8 bits.
 """
 
 import argparse
@@ -50,6 +53,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "fused_every_step": {"additional_config": {"bamba_fused_step": True, "bamba_replay": 0}},
     "fused_int8": {"additional_config": {"bamba_fused_step": True, "bamba_state_dtype": "int8"}},
+    "fused_int8_slots": {
+        "enable_prefix_caching": True,
+        "additional_config": {"bamba_fused_step": True, "bamba_state_dtype": "int8", "bamba_prefix_slots": True},
+    },
     "fused_fp8": {"additional_config": {"bamba_fused_step": True, "bamba_state_dtype": "fp8"}},
 }
 STATES = 3  # of a caching request: the step's, the one before, and with asynchronous scheduling the one before that
@@ -85,10 +92,12 @@ def engine_options(
         tokens: of the longest request, its answer included.
         more: further arguments.
     """
+    dtype = dtype_name(dtype_of(args.dtype))
     options: dict[str, Any] = {
         "model": model,
         "load_format": "dummy",
-        "dtype": dtype_name(dtype_of(args.dtype)),
+        "dtype": dtype,
+        "mamba_ssm_cache_dtype": dtype,
         "max_model_len": tokens + 8,
         "max_num_seqs": requests,
         "enable_prefix_caching": False,
@@ -153,8 +162,7 @@ def state_bytes(config: PreTrainedConfig, options: Mapping[str, Any]) -> int:
     from vllm_bamba.config import BambaShape
     from vllm_bamba.state import state_shapes
 
-    dtype, state = dtype_of(options["dtype"]), options.get("mamba_ssm_cache_dtype", "auto")
-    state_dtype = dtype if state == "auto" else dtype_of(state)
+    dtype, state_dtype = dtype_of(options["dtype"]), dtype_of(options["mamba_ssm_cache_dtype"])
     shapes: tuple[tuple[int, ...], ...] = state_shapes(BambaShape.from_hf(config), 1, 0)
     dtypes = (dtype, state_dtype)
     if options["additional_config"]["bamba_fused_step"]:

@@ -275,6 +275,7 @@ def engine(**changes: object) -> SimpleNamespace:
         "speculative": None,
         "lora": None,
         "state_dtype": "auto",
+        "cache_dtype": "auto",
         "quantization": None,
         "connector": None,
         "offloading": None,
@@ -298,6 +299,7 @@ def engine(**changes: object) -> SimpleNamespace:
         cache_config=SimpleNamespace(
             use_replayssm=values["replay"],
             mamba_ssm_cache_dtype=values["state_dtype"],
+            mamba_cache_dtype=values["cache_dtype"],
             enable_prefix_caching=False,
             kv_offloading_size=values["offloading"],
             prefix_cache_retention_interval=None,
@@ -409,3 +411,28 @@ def test_the_fused_step_is_the_default_where_it_was_shown(
     assert StepOptions.of(config, shape).fused is not bool(why)
     config.additional_config = {"bamba_fused_step": False}
     assert not StepOptions.of(config, shape).fused
+
+
+@pytest.mark.parametrize(
+    ("expected", "given", "changes"),
+    [
+        (torch.int8, {}, {}),
+        (torch.int8, {"bamba_fused_step": True}, {}),
+        (torch.float8_e4m3fn, {"bamba_state_dtype": "fp8"}, {}),
+        (None, {}, {"state_dtype": "bfloat16"}),
+        (None, {}, {"cache_dtype": "float32"}),
+        (torch.int8, {"bamba_state_dtype": "int8"}, {"state_dtype": "bfloat16"}),
+        (None, {"bamba_fused_step": False}, {}),
+        (None, {"bamba_fused_step": True}, {"quantization": "fp8"}),
+    ],
+    ids=str,
+)
+def test_states_are_in_int8_where_the_fused_step_is_the_default_and_nobody_chose(
+    expected: torch.dtype | None, given: dict[str, object], changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform = type(compat.current_platform)
+    monkeypatch.setattr(platform, "is_cuda", lambda self: True)
+    monkeypatch.setattr(platform, "is_device_capability", classmethod(lambda cls, asked: True))
+    config = engine(**changes)
+    config.additional_config = given
+    assert StepOptions.of(config, BambaShape.from_hf(config.model_config.hf_config)).eight_bits is expected

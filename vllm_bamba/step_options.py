@@ -6,12 +6,13 @@ Options of the engine, in vLLM's `additional_config`:
 |---|---|---|
 | `bamba_fused_step` | see below | decode with kernels of our own instead of vLLM's operators |
 | `bamba_replay` | 16 | tokens after which a state is written; 0: after every one. One of 0, 8, 16, 32 |
-| `bamba_state_dtype` | as `--mamba-ssm-cache-dtype` | `"int8"`, `"fp8"` (e4m3): 8 bits, scaled by channel |
+| `bamba_state_dtype` | see below | `"int8"`, `"fp8"` (e4m3): 8 bits, scaled by channel |
 | `bamba_prefill_graphs` | true | short prefills as CUDA graphs, with either step, where vLLM has piecewise ones |
 
 The step is on by default on the GPUs that its tests and its tables are from, compute capability 9.0, with bf16
 activations, unless the checkpoint is quantised, tokens are drafted or blocks go to other engines. Elsewhere it can be
-asked for.
+asked for. There states are in int8 by default, the fastest precision that predicts as fp32 does
+(benchmarks/bench_accuracy.py); elsewhere, or if it is given, `--mamba-ssm-cache-dtype` decides.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from vllm_bamba.compat import moves_blocks
 from vllm_bamba.state import EIGHT_BITS, SlotFormat, mixer_shard, state_dtypes, state_shapes
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import CacheConfig, VllmConfig
 
     from vllm_bamba.config import BambaShape
 
@@ -54,8 +55,9 @@ class StepOptions:
         given: dict[str, Any] = vllm_config.additional_config if isinstance(vllm_config.additional_config, dict) else {}
         fused, replay = given.get("bamba_fused_step"), given.get("bamba_replay", cls.replay)
         dtype, graphs = given.get("bamba_state_dtype"), given.get("bamba_prefill_graphs", cls.prefill_graphs)
+        best = _is_best(vllm_config, shape)
         if fused is None:
-            fused = _is_best(vllm_config, shape)
+            fused = best
         if not isinstance(fused, bool):
             raise ValueError(f"additional_config: bamba_fused_step is {fused!r}, expected true or false.")
         if not isinstance(graphs, bool):
@@ -69,7 +71,14 @@ class StepOptions:
             )
         if not fused and {"bamba_replay", "bamba_state_dtype"} & given.keys():
             raise ValueError("additional_config: bamba_replay and bamba_state_dtype need bamba_fused_step: true.")
+        if dtype is None and fused and best and _leaves_precision_open(vllm_config.cache_config):
+            dtype = "int8"
         return cls(fused, replay, EIGHT_BITS[dtype] if dtype else None, graphs)
+
+
+def _leaves_precision_open(cache: CacheConfig) -> bool:
+    """Whether the user has not said in which precision states are kept."""
+    return cache.mamba_ssm_cache_dtype == "auto" and cache.mamba_cache_dtype == "auto"
 
 
 def _is_best(vllm_config: VllmConfig, shape: BambaShape) -> bool:

@@ -32,6 +32,7 @@ DEFAULTS = {
     "gpu_memory_utilization": 0.05,
     "kv_cache_memory_bytes": 1 << 30,
 }
+BF16 = DEFAULTS | {"mamba_ssm_cache_dtype": "bfloat16"}  # states too, unless a step has others
 LENGTHS = [1, 2, 4, 15, 16, 17, 100, 300]
 STEPS = {  # the decode step
     "vllm_step": {"bamba_fused_step": False},
@@ -61,7 +62,7 @@ def references(path: str) -> tuple[Reference, Reference]:
 def check_small_model(folder, changes, **options):
     """Prompts of all lengths at once, answered by a random model in an engine with these options."""
     path = save_random(folder, **(WIDE | changes))
-    with Engine(path, **DEFAULTS, **options) as engine:
+    with Engine(path, **BF16, **options) as engine:
         answers = engine.answers(random_prompts(LENGTHS), 16)
     check_low_precision(answers, *references(path))
 
@@ -82,7 +83,7 @@ def test_products_that_inductor_would_pad_equal_transformers(step, tmp_path):
 @pytest.mark.parametrize("step", [*STEPS.values(), FP8], ids=[*STEPS, "fused_step_fp8"])
 def test_embedded_checkpoint_equals_transformers(step, eager, tiny):
     prompts = random_prompts([1, 3, 64, 200, 700], vocabulary=1024)
-    options = DEFAULTS | {"enforce_eager": eager, "max_model_len": 1024, "additional_config": step}
+    options = BF16 | {"enforce_eager": eager, "max_model_len": 1024, "additional_config": step}
     with Engine(tiny, **options) as engine:
         assert engine.llm.llm_engine.vllm_config.use_v2_model_runner
         answers = engine.answers(prompts, 64)
@@ -93,7 +94,7 @@ def test_embedded_checkpoint_equals_transformers(step, eager, tiny):
 def test_model_runner_v1_equals_transformers(step, tiny, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     try:
-        with Engine(tiny, **DEFAULTS, additional_config=step) as engine:
+        with Engine(tiny, **BF16, additional_config=step) as engine:
             assert not engine.llm.llm_engine.vllm_config.use_v2_model_runner
             answers = engine.answers(random_prompts([1, 50, 300], vocabulary=1024), 40)
             answers += engine.answers(random_prompts([1] * 6, vocabulary=1024, seed=1), 20)  # the graphs of decodes'
@@ -104,7 +105,7 @@ def test_model_runner_v1_equals_transformers(step, tiny, monkeypatch):
 
 @each_step
 def test_chunked_prefill_equals_transformers(step, tiny):
-    with Engine(tiny, **DEFAULTS, max_num_batched_tokens=48, max_num_seqs=4, additional_config=step) as engine:
+    with Engine(tiny, **BF16, max_num_batched_tokens=48, max_num_seqs=4, additional_config=step) as engine:
         answers = engine.answers(random_prompts([1, 50, 130, 300], vocabulary=1024), 16)
     check_low_precision(answers, *references(tiny))
 
@@ -120,7 +121,7 @@ def test_adapter_equals_merged_model_and_leaves_other_requests_alone(step, heads
     merged.save_pretrained(tmp_path / "merged")
     requests = [None, LoRARequest("adapter", 1, str(tmp_path / "adapter"))] * 2
     options = {"enable_lora": True, "max_lora_rank": 8, "compilation_config": PADDED, "additional_config": step}
-    with Engine(path, **DEFAULTS, **options) as engine:
+    with Engine(path, **BF16, **options) as engine:
         answers = engine.answers(random_prompts([1, 5, 20, 33]), 24, prompt_logprobs=False, lora_request=requests)
     check_low_precision(answers[0::2], *references(path))
     check_low_precision(answers[1::2], *references(str(tmp_path / "merged")))
@@ -129,7 +130,7 @@ def test_adapter_equals_merged_model_and_leaves_other_requests_alone(step, heads
 @each_step
 def test_more_sequences_that_drain_to_one_equal_transformers(step, tiny):
     prompts = random_prompts([7 + 3 * i for i in range(20)], vocabulary=1024, seed=5)
-    with Engine(tiny, **DEFAULTS, max_num_seqs=32, additional_config=step) as engine:
+    with Engine(tiny, **BF16, max_num_seqs=32, additional_config=step) as engine:
         answers = engine.answers(prompts, [20 + 4 * i for i in range(20)], prompt_logprobs=False)
     check_low_precision(answers, *references(tiny))
 
@@ -159,7 +160,7 @@ def test_drafted_tokens_change_no_answer(drafts, eager, tiny):
 @each_step
 def test_what_is_found_in_the_prefix_cache_equals_transformers(step, tiny):
     first, second, third = random_prompts([300, 45, 100], vocabulary=1024)
-    with Engine(tiny, **DEFAULTS, max_model_len=1024, additional_config=step | {"bamba_prefix_slots": True}) as engine:
+    with Engine(tiny, **BF16, max_model_len=1024, additional_config=step | {"bamba_prefix_slots": True}) as engine:
 
         def ask(prompt):
             outputs = engine.llm.generate([{"prompt_token_ids": prompt}], greedy(21, False), use_tqdm=False)
@@ -179,6 +180,7 @@ def test_what_nobody_asked_for_is_the_fused_step_with_prefix_slots(tiny):
         form = slot_format(config, BambaShape.from_hf(config.model_config.hf_config))
         assert form is not None
         assert form.anchored
+        assert form.state_dtype == torch.int8
         assert active(config)
         assert config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         answers = engine.answers(prompts, 16)
@@ -187,7 +189,7 @@ def test_what_nobody_asked_for_is_the_fused_step_with_prefix_slots(tiny):
 
 @each_step
 def test_answers_that_pass_a_block_of_vllms_own_caching_equal_transformers(step, tiny):
-    with Engine(tiny, **DEFAULTS, max_model_len=1024, additional_config=step | {"bamba_prefix_slots": False}) as engine:
+    with Engine(tiny, **BF16, max_model_len=1024, additional_config=step | {"bamba_prefix_slots": False}) as engine:
         block = engine.llm.llm_engine.vllm_config.cache_config.block_size
         prompts = random_prompts([block - 5, block - 1, block, 2 * block - 3, 2 * block + 1], vocabulary=1024)
         answers = engine.answers(prompts, 16, prompt_logprobs=False)
@@ -200,7 +202,7 @@ def test_lone_prompts_whose_prefills_are_graphs_equal_transformers(step, tiny, m
     run, seen = PrefillGraphs.run, []
     monkeypatch.setattr(PrefillGraphs, "run", lambda *given: seen.append(run(*given)) or seen[-1])
     prompts = random_prompts([1, 31, 33, 129, 700, 1100], vocabulary=1024)
-    options = DEFAULTS | {"max_model_len": 1200, "additional_config": step | {"bamba_prefix_slots": True}}
+    options = BF16 | {"max_model_len": 1200, "additional_config": step | {"bamba_prefix_slots": True}}
     with Engine(tiny, **options) as engine:
         answers = [engine.answers([prompt], 5, prompt_logprobs=False)[0] for prompt in prompts]
         of_one = len(seen) / (len(prompts) - 1)  # the last one is too long
@@ -212,7 +214,7 @@ def test_lone_prompts_whose_prefills_are_graphs_equal_transformers(step, tiny, m
 
 def check_random_traffic(step, path, blocks=110, **options):
     """Shared heads, branches, resends, chats and aborts: answers from the cache are as good as any."""
-    options = DEFAULTS | options | {"num_gpu_blocks_override": blocks, "max_num_batched_tokens": 96}
+    options = BF16 | options | {"num_gpu_blocks_override": blocks, "max_num_batched_tokens": 96}
     with Engine(path, **options, additional_config=step | {"bamba_prefix_slots": True}) as engine:
         seen = traffic(engine, seed=3, requests=60)
     assert len(seen.answers) >= 48
@@ -233,7 +235,7 @@ def test_random_traffic_that_is_preempted_equals_transformers(tiny):
 @each_step
 @pytest.mark.parametrize("split", ["tensor_parallel_size", "pipeline_parallel_size"])
 def test_two_gpus_equal_transformers(split, step, tiny):
-    with Engine(tiny, **DEFAULTS, **{split: 2}, additional_config=step) as engine:
+    with Engine(tiny, **BF16, **{split: 2}, additional_config=step) as engine:
         answers = engine.answers(random_prompts([1, 50, 300], vocabulary=1024), 16)
     check_low_precision(answers, *references(tiny))
 
@@ -247,6 +249,6 @@ def test_random_traffic_on_two_gpus_equals_transformers(split, tiny):
 @each_step
 def test_repeated_run_gives_the_same_tokens(step, tiny):
     prompts = random_prompts([5, 80, 300], vocabulary=1024)
-    with Engine(tiny, **DEFAULTS, enable_prefix_caching=False, additional_config=step) as engine:
+    with Engine(tiny, **BF16, enable_prefix_caching=False, additional_config=step) as engine:
         first, second = engine.answers(prompts, 32), engine.answers(prompts, 32)
     assert_same(first, second, limit=0.0)

@@ -142,6 +142,7 @@ def compile_one(case: dict[str, Any]) -> str:
         else:
             element = "i32" if name in INT32 else "fp32" if name in FP32 else "i1" if name == "continues" else "bf16"
             element = case["state"] if name == "ssm" else "i64" if name in INT64 else case.get(name, element)
+            element = "i8" if name == "c_parts" else element
             signature[name] = "i32" if name.endswith("_stride") or name in SIZES else f"*{element}"
             if name not in UNALIGNED:
                 hints[(i,)] = [["tt.divisibility", 16]]

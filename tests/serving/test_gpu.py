@@ -68,7 +68,7 @@ def check_small_model(folder, changes, **options):
 
 
 @pytest.mark.parametrize("changes", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
-@pytest.mark.parametrize("step", [STEPS["vllm_step"], STEPS["fused_step"]], ids=["vllm_step", "fused_step"])
+@each_step
 def test_small_configurations_equal_transformers(step, changes, tmp_path):
     check_small_model(tmp_path, changes, additional_config=step)
 

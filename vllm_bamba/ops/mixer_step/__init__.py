@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from vllm_bamba.ops.mixer_step.kernels import prepare_kernel, replay_kernel, step_kernel
+from vllm_bamba.ops.mixer_step.kernels import INTEGER_PARTS, prepare_kernel, replay_kernel, step_kernel
 from vllm_bamba.ops.mixer_step.tuning import PREPARE, PREPARE_AND_FOLD, multiplies_integers, starts_early, warps_for
 from vllm_bamba.state import DecodePlan, FusedSlots, slot_strides
 
@@ -92,22 +92,25 @@ def mixer_step(
         return
     early = starts_early(projected.device)
     convolved = projected.new_empty(rows, channels - inner)
-    factors = projected.new_empty(rows, heads * (constants["REPLAY"] + 3), dtype=torch.float32)
+    factors = projected.new_empty(rows, heads * (constants["REPLAY"] + 4), dtype=torch.float32)
+    integers = multiplies_integers(slots, projected.dtype)
+    c_parts = projected.new_empty(rows, groups * INTEGER_PARTS.value * state, dtype=torch.int8) if integers else None
     prepare = PREPARE_AND_FOLD if fold else PREPARE
     of_group, folded = heads // groups, min(prepare.folded, head_dim)
     some_heads = min(prepare.heads, triton.next_power_of_2(of_group))
     folds = -(-heads // constants["REPLAY"]) * (head_dim // folded) if fold else 0
     programs = folds + groups * -(-of_group // some_heads)  # as the kernel counts them
     prepare_kernel[programs, rows](
-        projected, convolved, factors, *parameters, plan.slots, plan.lengths, *slots.of_step,
+        projected, convolved, factors, c_parts, *parameters, plan.slots, plan.lengths, *slots.of_step,
         projected.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step), *dt_limit,
-        **constants, FOLD=fold, WIDTH=width, BIAS=bias, EARLY=early,
+        **constants, FOLD=fold, WIDTH=width, BIAS=bias, EARLY=early, INTEGERS=integers,
         BLOCK_HEADS=some_heads, FOLD_DIM=folded, num_warps=prepare.num_warps,
     )  # fmt: skip
     replay_kernel[heads, rows](
-        projected, convolved, factors, out, weights.taps, weights.conv_bias, weights.norm, plan.slots, plan.lengths,
-        *slots.of_step, projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step),
+        projected, convolved, factors, c_parts, out, weights.taps, weights.conv_bias, weights.norm,
+        plan.slots, plan.lengths, *slots.of_step,
+        projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step),
         **constants, FOLD=fold, WIDTH=width, BIAS=bias, GATED=gated, EARLY=early,
-        INTEGERS=multiplies_integers(slots, projected.dtype), num_warps=num_warps,
+        INTEGERS=integers, num_warps=num_warps,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip

@@ -50,12 +50,11 @@ def convolve(
 
 
 @triton.jit
-def product(x, b, X_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
-    """x b in fp32 on tensor cores, [M, K] times [K, N], both in parts of bf16, so that every product is exact.
+def product(x, b, X_PARTS: tl.constexpr, B_PARTS: tl.constexpr, sums):
+    """sums + x b in fp32 on tensor cores, [M, K] times [K, N], both in parts of bf16, so that every product is exact.
 
     Three parts hold an fp32 number, two one in fp16.
     """
-    sums = tl.zeros([x.shape[0], b.shape[1]], tl.float32)
     left = x.to(tl.float32)
     for _ in tl.static_range(X_PARTS):
         high = left.to(tl.bfloat16)
@@ -69,40 +68,53 @@ def product(x, b, X_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
 
 
 @triton.jit
-def times_vector(x, vector, X_PARTS: tl.constexpr, PARTS: tl.constexpr, ON_TENSOR_CORES: tl.constexpr):
-    """x [M, K] times a vector [K], in fp32.
-
-    Tensor cores take no narrower matrix than eight columns: the vector's parts are a column each.
-    """
-    if ON_TENSOR_CORES:
-        column = tl.arange(0, 8)[None, :]
-        columns = tl.zeros([vector.shape[0], 8], tl.bfloat16)
-        left = vector.to(tl.float32)
-        for i in tl.static_range(PARTS):
-            part = left.to(tl.bfloat16)
-            left -= part.to(tl.float32)
-            columns = tl.where(column == i, part[:, None], columns)
-        y = tl.sum(product(x, columns, X_PARTS, 1), 1)
-    else:
-        y = tl.sum(x.to(tl.float32) * vector.to(tl.float32)[None, :], 1)
-    return y
+def as_columns(vector, PARTS: tl.constexpr):
+    """A vector [K] in parts of bf16, a column each of [K, 8]: tensor cores take no narrower matrix."""
+    column = tl.arange(0, 8)[None, :]
+    columns = tl.zeros([vector.shape[0], 8], tl.bfloat16)
+    left = vector.to(tl.float32)
+    for i in tl.static_range(PARTS):
+        part = left.to(tl.bfloat16)
+        left -= part.to(tl.float32)
+        columns = tl.where(column == i, part[:, None], columns)
+    return columns
 
 
 @triton.jit
-def integers_times_vector(x, vector):
-    """The same of int8 by integers: exact but for the vector, which is rounded to 2^-23 of its largest number."""
+def times_vector(x, vector):
+    """x [M, K] times a vector [K], in fp32 as it comes."""
+    return tl.sum(x.to(tl.float32) * vector.to(tl.float32)[None, :], 1)
+
+
+INTEGER_PARTS = tl.constexpr(3)
+
+
+@triton.jit
+def store_as_integers(vector, parts, unit, n):
+    """Three integers of at most 127 for each number of a vector [n]: it is their sum in units of 1, 1/254 and 1/254^2.
+
+    So rounded to 2^-23 of its largest number. Goes to `parts`, int8 [INTEGER_PARTS, n], and the first unit to `unit`.
+    """
     largest = tl.max(tl.abs(vector), 0)
-    unit = tl.where(largest > 0, largest, 1) / 127
-    left = vector / unit
-    column = tl.arange(0, 8)[None, :]
-    columns, units = tl.zeros([vector.shape[0], 8], tl.float32), tl.zeros([1, 8], tl.float32)
-    for i in tl.static_range(3):
+    first = tl.where(largest > 0, largest, 1) / 127
+    tl.store(unit, first)
+    left = vector / first
+    for i in tl.static_range(INTEGER_PARTS):
         part = tl.floor(left + 0.5)
         left = (left - part) * 254
-        columns = tl.where(column == i, part[:, None], columns)
-        units = tl.where(column == i, unit, units)
-        unit /= 254
-    return tl.sum(tl.dot(x, columns.to(tl.int8), out_dtype=tl.int32).to(tl.float32) * units, 1)
+        tl.store(parts + i * n.shape[0] + n, part.to(tl.int8))
+
+
+@triton.jit
+def times_integers(x, parts, unit, n):
+    """int8 [M, n] times the vector of `store_as_integers`, in fp32 [M, 8], to be added up; sums of integers are exact.
+
+    The parts are columns, as in `as_columns`; `unit` is the first one's.
+    """
+    column = tl.arange(0, 8)[None, :]
+    columns = tl.load(parts + column * n.shape[0] + n[:, None], mask=column < INTEGER_PARTS, other=0)
+    units = tl.where(column == 0, 1, tl.where(column == 1, 1 / 254, 1 / 254 / 254)) * unit
+    return tl.dot(x, columns, out_dtype=tl.int32).to(tl.float32) * units
 
 
 @triton.jit
@@ -127,7 +139,7 @@ def fold(
     b = tl.load(ring_b + index[:, None] * B_STRIDE + n[None, :])
     x, b = tl.where(live[None, :], x, 0), tl.where(live[:, None], b, 0)
     x *= (times * tl.exp(a * since))[None, :]
-    return state * tl.exp(a * tl.sum(times, 0)) + product(x, b, 3, PARTS)
+    return product(x, b, 3, PARTS, state * tl.exp(a * tl.sum(times, 0)))
 
 
 @triton.jit
@@ -144,41 +156,60 @@ def tile_of(first, p, n):
     return rows, rows[:, None] * n.shape[0] + n[None, :]
 
 
+# 1.5 * 2^23: a float of this size is a whole number, and its last bits are that number's
+WHOLE = tl.constexpr(12582912.0)
+WHOLE_BITS = tl.constexpr(0x4B400000)
+
+
 @triton.jit
 def widened(stored, scale, rows, QUANTISED: tl.constexpr):
     """A stored state in fp32, [channels, STATE]; `rows` are its channels."""
-    state = stored.to(tl.float32)
+    if stored.dtype == tl.int8:  # in additions: a GPU converts four times slower than it adds
+        state = (stored.to(tl.int32) + WHOLE_BITS).to(tl.float32, bitcast=True) - WHOLE
+    else:
+        state = stored.to(tl.float32)
     if QUANTISED:
         state *= tl.load(scale + rows)[:, None]
     return state
 
 
 @triton.jit
-def noise(seed, index):
-    """Numbers in [0, 1) that look random: the finaliser of MurmurHash3 over an index and a seed."""
+def hashed(seed, index):
+    """32 bits that look random: the finaliser of MurmurHash3 over an index and a seed."""
     h = index.to(tl.uint32) ^ (seed.to(tl.uint32) * 0x9E3779B1)
     h = (h ^ (h >> 16)) * 0x85EBCA6B
     h = (h ^ (h >> 13)) * 0xC2B2AE35
-    return ((h ^ (h >> 16)) >> 8).to(tl.float32) * (1 / (1 << 24))
+    return h ^ (h >> 16)
 
 
 @triton.jit
-def rounded_at_random(value, noise, LARGEST: tl.constexpr, dtype: tl.constexpr):
-    """Values, down or up to a number of the dtype, int8 or e4m3, of at most LARGEST; on average what they were.
+def noise(seed, rows, n):
+    """Numbers of size 1/2 and less that look random, [rows, n], any two independent: sums of a row's and a column's.
+
+    Short of 1/2 by 2^-14, which is more than a scaled state can be too large by.
+    """
+    h = hashed(seed, rows)[:, None] + hashed(seed, n | 0x40000000)[None, :]
+    from_1_to_2 = ((h >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
+    return from_1_to_2 * (1 - 1 / 8192) - 1.5 * (1 - 1 / 8192)
+
+
+@triton.jit
+def rounded_at_random(value, noise, dtype: tl.constexpr):
+    """Values, down or up to a number of the dtype, int8 or e4m3; on average what they were.
 
     Between e4m3's numbers are steps of 1/8 of the power of two below, and of 2^-9 from zero to 2^-6.
     """
     if dtype == tl.int8:
-        rounded = tl.floor(value + noise)
+        rounded = ((value + noise) + WHOLE).to(tl.int32, bitcast=True).to(tl.int8)
     else:
         exponent = tl.maximum((value.to(tl.int32, bitcast=True) >> 23) & 0xFF, 127 - 6)
         step = ((exponent - 3) << 23).to(tl.float32, bitcast=True)
-        rounded = tl.floor(value / step + noise) * step
-    return tl.minimum(tl.maximum(rounded, -LARGEST), LARGEST)
+        rounded = (tl.floor(value / step + 0.5 + noise) * step).to(dtype)
+    return rounded
 
 
 @triton.jit
-def store_state(state, ssm, scale, rows, tile, position, QUANTISED: tl.constexpr):
+def store_state(state, ssm, scale, rows, tile, n, position, QUANTISED: tl.constexpr):
     """Write a head's state; 8 bits with a scale a row, rounded up or down at random so that nothing is lost on average.
 
     The random numbers depend on the position in the text and in the state alone: the same request gives the same.
@@ -186,25 +217,36 @@ def store_state(state, ssm, scale, rows, tile, position, QUANTISED: tl.constexpr
     dtype: tl.constexpr = ssm.dtype.element_ty
     if QUANTISED:
         LARGEST: tl.constexpr = 127 if dtype == tl.int8 else 448
-        step = tl.max(tl.abs(state), 1) / LARGEST
-        scaled = state / tl.where(step > 0, step, 1)[:, None]
-        tl.store(scale + rows, step)
-        state = rounded_at_random(scaled, noise(position, tile), LARGEST, dtype)
-    tl.store(ssm + tile, state.to(dtype))
+        largest = tl.max(tl.abs(state), 1)
+        tl.store(scale + rows, largest / LARGEST)
+        state *= (LARGEST / tl.maximum(largest, 1e-30))[:, None]  # what is smaller is as good as zero
+        tl.store(ssm + tile, rounded_at_random(state, noise(position, rows, n), dtype))
+    else:
+        tl.store(ssm + tile, state.to(dtype))
 
 
 @triton.jit
-def store_gated(y, projected, norm_weight, out, rows, sums, GATED: tl.constexpr):
+def gate_and_norm(projected, norm_weight, rows, GATED: tl.constexpr):
+    """What `store_gated` wants of a head's channels, asked for before there is anything to wait for."""
+    if GATED:
+        gate, norm = tl.load(projected + rows), tl.load(norm_weight + rows)
+    else:
+        gate, norm = rows, rows  # nobody looks at them
+    return gate, norm
+
+
+@triton.jit
+def store_gated(y, gate, norm, out, rows, sums, GATED: tl.constexpr):
     """Store y of a head's channels, gated and weighted if asked to, and at `sums` the sum of squares of what is gated.
 
     The sum is two numbers of the output's precision.
     """
     if GATED:
-        y *= silu(tl.load(projected + rows).to(tl.float32))
+        y *= silu(gate.to(tl.float32))
         high, low = in_two(tl.sum(y * y, 0), out.dtype.element_ty)
         tl.store(out + sums, high)
         tl.store(out + sums + 1, low)
-        y *= tl.load(norm_weight + rows).to(tl.float32)
+        y *= norm.to(tl.float32)
     tl.store(out + rows, y.to(out.dtype.element_ty))
 
 
@@ -256,6 +298,7 @@ def step_kernel(
         scale += slot * scale_stride
     kept = tl.load(ssm + values)
     projected += row * projected_stride
+    gate, norm = gate_and_norm(projected, norm_weight, rows, GATED)
     xbc = projected + inner
     newest = conv + position % WIDTH * channels
     group = head // (HEADS // GROUPS)
@@ -275,8 +318,8 @@ def step_kernel(
     dt = time_step(tl.load(xbc + channels + head), tl.load(dt_bias + head), dt_low, dt_high)
     state = widened(kept, scale, rows, QUANTISED) * tl.exp(dt * a) + (dt * x)[:, None] * b[None, :]
     y = tl.sum(state * c[None, :], 1) + tl.load(d_ptr + head).to(tl.float32) * x
-    store_gated(y, projected, norm_weight, out, rows, inner + 2 * head, GATED)
-    store_state(state, ssm, scale, rows, values, position, QUANTISED)
+    store_gated(y, gate, norm, out, rows, inner + 2 * head, GATED)
+    store_state(state, ssm, scale, rows, values, n, position, QUANTISED)
 
 
 @triton.jit
@@ -287,14 +330,14 @@ def is_folded(head, position, REPLAY: tl.constexpr, FOLD: tl.constexpr):
 
 @of_any_batch
 def prepare_kernel(
-    projected, convolved, factors, conv_weight, conv_bias, a_ptr, d_ptr, dt_bias, slots, lengths,
+    projected, convolved, factors, c_parts, conv_weight, conv_bias, a_ptr, d_ptr, dt_bias, slots, lengths,
     conv, ssm, scale, ring_x, ring_b, ring_dt,
     projected_stride, slots_stride,
     conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
     dt_low, dt_high,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr, WIDTH: tl.constexpr,
     REPLAY: tl.constexpr, FOLD: tl.constexpr, BIAS: tl.constexpr, QUANTISED: tl.constexpr,
-    EARLY: tl.constexpr, BLOCK_HEADS: tl.constexpr, FOLD_DIM: tl.constexpr,
+    EARLY: tl.constexpr, INTEGERS: tl.constexpr, BLOCK_HEADS: tl.constexpr, FOLD_DIM: tl.constexpr,
 ):  # fmt: skip
     """What a replayed step needs beside states. A row has programs of two kinds, which need not wait for each other:
 
@@ -303,8 +346,10 @@ def prepare_kernel(
 
     Rings stay as they are: the step itself empties the folded ones and adds the new token.
 
-    `convolved` is [rows, B | C]. `factors` is fp32 [rows, ring | decay | new | dt]: what the x of each ring entry
-    counts for, HEADS x REPLAY; how far each head's checkpoint has decayed; what its new x counts for; its time step.
+    `convolved` is [rows, B | C]. `factors` is fp32 [rows, ring | decay | new | dt | units]: what the x of each ring
+    entry counts for, HEADS x REPLAY; how far each head's checkpoint has decayed; what its new x counts for; its time
+    step; with INTEGERS each group's unit of `c_parts`, int8 [rows, groups, INTEGER_PARTS, STATE], which are C. HEADS
+    numbers each, so that every row begins at a multiple of 16 bytes.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -338,7 +383,7 @@ def prepare_kernel(
             state = widened(tl.load(ssm + values), scale, rows, QUANTISED)
             a = tl.load(a_ptr + full)
             state = fold(state, a, position - 1, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, bc, REPLAY)
-            store_state(state, ssm, scale, rows, values, position, QUANTISED)
+            store_state(state, ssm, scale, rows, values, n, position, QUANTISED)
     else:
         group, of_group = (part - FOLDS) // HEAD_BLOCKS, (part - FOLDS) % HEAD_BLOCKS
         own = inner + group * STATE + n
@@ -352,6 +397,10 @@ def prepare_kernel(
             both = convolved + row * 2 * bc + group * STATE + n
             tl.store(both, b.to(convolved.dtype.element_ty))
             tl.store(both + bc, c.to(convolved.dtype.element_ty))
+            if INTEGERS:
+                c_parts += (row * GROUPS + group) * INTEGER_PARTS * STATE
+                unit = factors + (row * (REPLAY + 4) + REPLAY + 3) * HEADS + group
+                store_as_integers(c, c_parts, unit, n)
 
         k = tl.arange(0, REPLAY)
         index = (position + 1 + k) % REPLAY  # oldest first; the last is the new token's
@@ -369,7 +418,7 @@ def prepare_kernel(
         since = tl.cumsum(times, 1, reverse=True) - times + dt[:, None]
         # B of an empty entry may be NaN
         counts = tl.where(times > 0, times * tl.exp(a[:, None] * since) * b_c[None, :], 0)
-        factors += row * HEADS * (REPLAY + 3)
+        factors += row * HEADS * (REPLAY + 4)
         tl.store(factors + entries, counts, mask=some[:, None])
         factors += HEADS * REPLAY
         tl.store(factors + head, tl.exp(a * (tl.sum(times, 1) + dt)), mask=some)
@@ -380,7 +429,7 @@ def prepare_kernel(
 
 @of_any_batch
 def replay_kernel(
-    projected, convolved, factors, out, conv_weight, conv_bias, norm_weight, slots, lengths,
+    projected, convolved, factors, c_parts, out, conv_weight, conv_bias, norm_weight, slots, lengths,
     conv, ssm, scale, ring_x, ring_b, ring_dt,
     projected_stride, out_stride, slots_stride,
     conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
@@ -416,33 +465,46 @@ def replay_kernel(
     projected += row * projected_stride
     conv += slot * conv_stride
     x_new = tl.load(projected + inner + rows)
+    gate, norm = gate_and_norm(projected, norm_weight, rows, GATED)
+    if QUANTISED:
+        of_row = tl.load(scale + slot * scale_stride + rows)
     live = tl.load(ring_dt, mask=k < REPLAY, other=0) > 0  # what other entries hold may be NaN
     past = tl.load(ring_x + k[None, :] * HEAD_DIM + p[:, None], mask=live[None, :], other=0)
     x = convolve(x_new, conv, conv_weight, conv_bias, rows, position, channels, WIDTH, BIAS)
-    tl.store(conv + position % WIDTH * channels + rows, x_new)
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    factors += row * HEADS * (REPLAY + 3)
+    factors += row * HEADS * (REPLAY + 4)
     counts = tl.load(factors + head * REPLAY + k, mask=k < REPLAY, other=0)
     group = head // (HEADS // GROUPS)
     b = convolved + row * 2 * bc + group * STATE + n
     factors += HEADS * REPLAY + head
+    decay, new, dt = tl.load(factors), tl.load(factors + HEADS), tl.load(factors + 2 * HEADS)
 
     STORED: tl.constexpr = ssm.dtype.element_ty
     STATE_PARTS: tl.constexpr = 3 if tl.float32 == STORED else 2 if tl.float16 == STORED else 1
     X_PARTS: tl.constexpr = 1 if ring_x.dtype.element_ty == tl.bfloat16 else 3
     BF16: tl.constexpr = convolved.dtype.element_ty == tl.bfloat16  # tensor cores cut sums off where fp32 would round
-    c = tl.load(b + bc)
-    y = integers_times_vector(kept, c.to(tl.float32)) if INTEGERS else times_vector(kept, c, STATE_PARTS, 1, BF16)
-    y *= tl.load(factors)
+    if INTEGERS:
+        c_parts += (row * GROUPS + group) * INTEGER_PARTS * STATE
+        unit = tl.load(factors - head + 3 * HEADS + group)
+        y = times_integers(kept, c_parts, unit * decay, n)
+    elif BF16:
+        zeros = tl.zeros([HEAD_DIM, 8], tl.float32)
+        y = product(kept, as_columns(tl.load(b + bc), 1), STATE_PARTS, 1, zeros) * decay
+    else:
+        y = times_vector(kept, tl.load(b + bc))[:, None] * decay
     if QUANTISED:
-        y *= tl.load(scale + slot * scale_stride + rows)
-    y += times_vector(past, counts, X_PARTS, 3, BF16) + tl.load(factors + HEADS) * x
-    store_gated(y, projected, norm_weight, out, rows, inner + 2 * head, GATED)
+        y *= of_row[:, None]
+    if BF16:
+        y = product(past, as_columns(counts, 3), X_PARTS, 1, y)
+    else:
+        y += times_vector(past, counts)[:, None]
+    store_gated(tl.sum(y, 1) + new * x, gate, norm, out, rows, inner + 2 * head, GATED)
 
+    tl.store(conv + position % WIDTH * channels + rows, x_new)
     entry = position % REPLAY
     tl.store(ring_x + entry * HEAD_DIM + p, x.to(ring_x.dtype.element_ty))
-    times = tl.where(k == entry, tl.load(factors + 2 * HEADS), 0)
+    times = tl.where(k == entry, dt, 0)
     tl.store(ring_dt, times, mask=tl.where(folded, k < REPLAY, k == entry))
     if head % (HEADS // GROUPS) == 0:  # one for the group
         tl.store(ring_b + slot * ring_b_stride + entry * bc + group * STATE + n, tl.load(b))

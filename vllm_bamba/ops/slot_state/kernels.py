@@ -82,7 +82,7 @@ def write_kernel(
     if QUANTISED:
         scale += slot * scale_stride
     state = tl.load(states + tl.load(rows_of + sequence).to(tl.int64) * HEADS * HEAD_DIM * STATE + tile)
-    store_state(state, ssm + slot * ssm_stride, scale, rows, tile, length, QUANTISED)
+    store_state(state, ssm + slot * ssm_stride, scale, rows, tile, n, length, QUANTISED)
     if REPLAY > 0:
         empty = tl.zeros([REPLAY], tl.float32)
         tl.store(ring_dt + slot * ring_dt_stride + head * REPLAY + tl.arange(0, REPLAY), empty)
@@ -152,5 +152,5 @@ def move_kernel(
         old_dt = ring_dt + there * ring_dt_stride
         state = widened(kept, old_scale, rows, QUANTISED)
         state = fold(state, a, length - 1, ring_x, ring_b, old_dt, p, n, HEAD_DIM, GROUPS * STATE, REPLAY)
-        store_state(state, ssm + here * ssm_stride, new_scale, rows, tile, length, QUANTISED)
+        store_state(state, ssm + here * ssm_stride, new_scale, rows, tile, n, length, QUANTISED)
     tl.store(ring_dt + here * ring_dt_stride + entries, tl.zeros([REPLAY], tl.float32))

@@ -223,7 +223,7 @@ def fused_step(p: Problem, int8: bool = False, warps: Mapping[str, int] | None =
     projected = torch.cat([p.normal(p.tokens, 2 * inner + 2 * groups * width), dt], 1)
     form = SlotFormat(mixer_shard(p.shape, 1), taps, p.dtype, torch.int8 if int8 else p.state_dtype, replay)
     slots, used = form.empty(p.tokens + 1, p.device), plan.slots[:, 0].long()
-    for tensor in slots:
+    for tensor in slots.tensors:
         if tensor is not None:
             tensor.copy_(p.normal(*tensor.shape, dtype=torch.float32) * (40 if tensor is slots.ssm and int8 else 1))
     assert slots.ring_x is not None

@@ -27,7 +27,7 @@ class DecodePlan:
 
     Attributes:
         num_tokens: tokens, the first of the batch.
-        slots: int32 [sequences, 1 + draft tokens]; 0 where a CUDA graph pads the batch.
+        slots: int32 [sequences, 1 + draft tokens]; 0 where a CUDA graph pads the batch. The fused step uses the first.
         lengths: int32 [sequences], tokens of each sequence with this step's.
         query_start_loc: int32 [sequences + 1] with speculation, else None (one token a sequence).
         accepted: int32 [sequences], tokens of the last step that were accepted; None without speculation.
@@ -197,7 +197,7 @@ class FusedSlots(NamedTuple):
     """The slots of a layer as the fused step keeps them; layout and reasons in ops/README.md.
 
     Attributes:
-        conv: [slots, width, channels], the convolution's inputs; that of position t is entry t % width.
+        conv: [slots, width + drafts, channels], the convolution's inputs; position t is entry t % (width + drafts).
         ssm: [slots, heads, head_dim, state], the checkpoint.
         scale: fp32 [slots, heads, head_dim] of an 8-bit checkpoint, else None.
         ring_x: [slots, heads, replay, head_dim], x of the tokens after the checkpoint; None without replay.
@@ -205,6 +205,7 @@ class FusedSlots(NamedTuple):
         ring_dt: fp32 [slots, heads, replay], their time steps; 0: an empty entry.
         anchor_conv: [slots, width - 1, channels], the convolution's inputs before the anchor; None without one.
         anchor: int32 [slots, 16], in the first number the tokens that the checkpoint has seen in all heads.
+        drafts: tokens of a step that can be taken back.
     """
 
     conv: torch.Tensor
@@ -215,6 +216,12 @@ class FusedSlots(NamedTuple):
     ring_dt: torch.Tensor | None = None
     anchor_conv: torch.Tensor | None = None
     anchor: torch.Tensor | None = None
+    drafts: int = 0
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """All of them."""
+        return self[:8]
 
     @property
     def of_step(self) -> tuple[torch.Tensor | None, ...]:
@@ -231,7 +238,9 @@ class FusedSlots(NamedTuple):
             "HEAD_DIM": head_dim,
             "GROUPS": groups,
             "STATE": state,
+            "WIDTH": self.conv.shape[1] - self.drafts,
             "REPLAY": 0 if self.ring_dt is None else self.ring_dt.shape[2],
+            "DRAFTS": self.drafts,
             "QUANTISED": self.scale is not None,
         }
 
@@ -253,6 +262,7 @@ class SlotFormat:
         replay: tokens that the ring holds; 0 without one.
         anchored: whether all heads fold at once, where `slot_state.move_slots` does it, and the slot says where: what
             the sequence had there is found in the slot until the next time.
+        drafts: tokens that can be taken back after a step, of a ring of more than twice as many; not of anchored slots.
     """
 
     shard: MixerShard
@@ -261,13 +271,14 @@ class SlotFormat:
     state_dtype: torch.dtype
     replay: int
     anchored: bool = False
+    drafts: int = 0
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape of one slot and dtype of each tensor, in the order in which they lie in a slot."""
         shard = self.shard
         heads, head_dim = shard.local_heads, shard.head_dim
         tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "conv": ((self.width, shard.local_conv_channels), self.dtype),
+            "conv": ((self.width + self.drafts, shard.local_conv_channels), self.dtype),
             "ssm": ((heads, head_dim, shard.state), self.state_dtype),
         }
         if self.state_dtype in EIGHT_BITS.values():
@@ -296,7 +307,7 @@ class SlotFormat:
     def empty(self, slots: int, device: torch.device | str) -> FusedSlots:
         """Uninitialised slots outside of vLLM's cache, each tensor in memory of its own."""
         made = {name: torch.empty(slots, *s, dtype=dtype, device=device) for name, (s, dtype) in self.tensors().items()}
-        return FusedSlots(**made)
+        return FusedSlots(**made, drafts=self.drafts)
 
     def bind(self, states: tuple[torch.Tensor, ...]) -> FusedSlots:
         """The tensors inside of what vLLM made for `shapes()` and `dtypes()`."""
@@ -306,7 +317,7 @@ class SlotFormat:
             size = _bytes(shape, dtype)
             tensors[name] = rest[:, start : start + size].view(dtype).view(-1, *shape)
             start += size
-        return FusedSlots(**tensors)
+        return FusedSlots(**tensors, drafts=self.drafts)
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -42,36 +42,38 @@ def mixer_step(
     out: torch.Tensor,
     num_warps: int | None = None,
 ) -> None:
-    """Advance each row's slot by one token; rows whose slot is 0 are padding and give zeros.
+    """Advance each sequence's slot by its tokens, one or with drafts a few; padding, in slot 0, gives zeros.
 
+    Drafts are taken back by asking for less: the next step begins at the first position that was not accepted.
     Full rings are folded on the way, but not those of anchored slots: `slot_state.move_slots` does it in time.
 
-    Without `weights.norm` y goes to `out` [rows, channels of x]. With it, `out` is [rows, channels of x + sums]: it
+    Without `weights.norm` y goes to `out` [tokens, channels of x]. With it, `out` is [tokens, channels of x + sums]: it
     gets norm * y * silu(gate), and in the last `sum_columns` columns numbers whose sum is that of the squares of
     y * silu(gate), for `divide_later` of the gated norm.
 
     Args:
-        projected: [rows, gate | x | B | C | dt].
+        projected: [tokens, gate | x | B | C | dt].
         weights: the mixer's.
         dt_limit: bounds of the time step after softplus.
         slots: read and written in place.
-        plan: the batch's decodes, without speculation.
+        plan: the batch's decodes, of at most 1 + `slots.drafts` tokens a sequence.
         out: see above; its rows may be parts of longer ones.
         num_warps: of a head's program; by default what is tuned for the GPU and the slots.
 
     Raises:
-        ValueError: shapes do not fit each other.
+        ValueError: shapes do not fit each other, or tokens cannot be taken back.
     """
     constants = slots.constants()
     heads, head_dim, groups, state = (constants[k] for k in ("HEADS", "HEAD_DIM", "GROUPS", "STATE"))
-    rows, width, fold = len(projected), slots.conv.shape[1], slots.anchor is None
+    tokens, rows, width = len(projected), len(plan.slots), constants["WIDTH"]
+    drafts, fold = slots.drafts, slots.anchor is None
     if num_warps is None:
         num_warps = warps_for(slots, projected.dtype)
     inner, channels = heads * head_dim, slots.conv.shape[2]
     columns = inner + (0 if weights.norm is None else sum_columns(heads))
     if (
         projected.shape != (plan.num_tokens, inner + channels + heads)
-        or out.shape != (rows, columns)
+        or out.shape != (tokens, columns)
         or weights.taps.shape != (width, channels)
         or not weights.A.shape == weights.D.shape == weights.dt_bias.shape == (heads,)
     ):
@@ -80,37 +82,45 @@ def mixer_step(
             f"{tuple(weights.A.shape)} do not fit slots of {heads} heads x {head_dim} x {state}, {channels} channels "
             f"and a plan of {plan.num_tokens} tokens: expected {inner + channels + heads} and {columns} columns"
         )
+    if bool(drafts) != (plan.query_start_loc is not None):
+        raise ValueError(f"slots that can take {drafts} tokens back, and a plan with other drafts")
+    if drafts and (not fold or constants["REPLAY"] <= 2 * drafts):
+        ring = constants["REPLAY"]
+        raise ValueError(f"{drafts} tokens cannot be taken back from a ring of {ring}, or behind an anchor")
     bias, gated = weights.conv_bias is not None, weights.norm is not None
     parameters = (weights.taps, weights.conv_bias, weights.A, weights.D, weights.dt_bias)
     if not constants["REPLAY"]:
-        del constants["REPLAY"]
+        del constants["REPLAY"], constants["DRAFTS"]
         step_kernel[heads, rows](
             projected, out, *parameters, weights.norm, plan.slots, plan.lengths, *slots.of_step[:3],
             projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step[:3]), *dt_limit,
-            **constants, WIDTH=width, BIAS=bias, GATED=gated, num_warps=num_warps,
+            **constants, BIAS=bias, GATED=gated, num_warps=num_warps,
         )  # fmt: skip
         return
     early = starts_early(projected.device)
-    convolved = projected.new_empty(rows, channels - inner)
-    factors = projected.new_empty(rows, heads * (constants["REPLAY"] + 4), dtype=torch.float32)
+    convolved = projected.new_empty(tokens, channels - inner)
+    factors = projected.new_empty(tokens, heads * (constants["REPLAY"] + 4), dtype=torch.float32)
     integers = multiplies_integers(slots, projected.dtype)
-    c_parts = projected.new_empty(rows, groups * INTEGER_PARTS.value * state, dtype=torch.int8) if integers else None
+    of_token = groups * INTEGER_PARTS.value * state
+    c_parts = projected.new_empty(tokens, of_token, dtype=torch.int8) if integers else None
+    if drafts:
+        out.zero_()  # a graph has tokens that no sequence of its batch may own
     prepare = PREPARE_AND_FOLD if fold else PREPARE
     of_group, folded = heads // groups, min(prepare.folded, head_dim)
     some_heads = min(prepare.heads, triton.next_power_of_2(of_group))
-    folds = -(-heads // constants["REPLAY"]) * (head_dim // folded) if fold else 0
+    period = constants["REPLAY"] - 2 * drafts
+    folds = -(-heads // period) * min(1 + drafts, period) * (head_dim // folded) if fold else 0
     programs = folds + groups * -(-of_group // some_heads)  # as the kernel counts them
     prepare_kernel[programs, rows](
-        projected, convolved, factors, c_parts, *parameters, plan.slots, plan.lengths, *slots.of_step,
-        projected.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step), *dt_limit,
-        **constants, FOLD=fold, WIDTH=width, BIAS=bias, EARLY=early, INTEGERS=integers,
+        projected, convolved, factors, c_parts, *parameters, plan.slots, plan.lengths, plan.query_start_loc,
+        *slots.of_step, projected.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step), *dt_limit,
+        **constants, FOLD=fold, BIAS=bias, EARLY=early, INTEGERS=integers,
         BLOCK_HEADS=some_heads, FOLD_DIM=folded, num_warps=prepare.num_warps,
     )  # fmt: skip
     replay_kernel[heads, rows](
         projected, convolved, factors, c_parts, out, weights.taps, weights.conv_bias, weights.norm,
-        plan.slots, plan.lengths, *slots.of_step,
+        plan.slots, plan.lengths, plan.query_start_loc, *slots.of_step,
         projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step),
-        **constants, FOLD=fold, WIDTH=width, BIAS=bias, GATED=gated, EARLY=early,
-        INTEGERS=integers, num_warps=num_warps,
+        **constants, FOLD=fold, BIAS=bias, GATED=gated, EARLY=early, INTEGERS=integers, num_warps=num_warps,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip

@@ -30,7 +30,7 @@ PREPARE_AND_FOLD = Prepare(heads=32, folded=32, num_warps=4)
 DEFAULT_WARPS = 4
 
 # (compute capability, bytes of a number in a checkpoint), for slots with rings, activations in bf16 and heads of
-# 64 x 128, as released; benchmarks/tune_mixer_step.py
+# 64 x 128, as released; benchmarks/tune_mixer_step.py. With drafts one warp would spill
 WARPS: dict[tuple[tuple[int, int], int], int] = {((9, 0), 2): 4, ((9, 0), 1): 1}
 
 
@@ -38,6 +38,8 @@ def warps_for(slots: FusedSlots, activations: torch.dtype) -> int:
     """What is known to suit a GPU and these slots."""
     ssm = slots.ssm
     if not ssm.is_cuda or slots.ring_dt is None or activations != torch.bfloat16 or ssm.shape[2:] != (64, 128):
+        return DEFAULT_WARPS
+    if slots.drafts:
         return DEFAULT_WARPS
     return WARPS.get((torch.cuda.get_device_capability(ssm.device), ssm.dtype.itemsize), DEFAULT_WARPS)
 

@@ -49,7 +49,7 @@ class LayerSlots:
         """
         device, first = slots[0].conv.device, slots[0]
         offsets = [_distances(first, of_layer) for of_layer in slots]
-        alike = all(slot_strides(of_layer) == slot_strides(first) for of_layer in slots)
+        alike = all(slot_strides(of_layer.tensors) == slot_strides(first.tensors) for of_layer in slots)
         strides = {table.stride() for table in tables}
         if not alike or any(len(found) > 1 for found in offsets) or len(strides) > 1 or next(iter(strides))[1] != 1:
             raise ValueError("slots of layers, or tables of groups, are not laid out alike")
@@ -65,7 +65,7 @@ class LayerSlots:
 
 def _distances(first: FusedSlots, other: FusedSlots) -> set[int]:
     """Of the tensors of one layer from those of another, in 16 bytes."""
-    pairs = zip(first, other, strict=True)
+    pairs = zip(first.tensors, other.tensors, strict=True)
     bytes_ = {b.data_ptr() - a.data_ptr() for a, b in pairs if a is not None and b is not None}
     if any(distance % 16 for distance in bytes_):
         raise ValueError("slots of layers do not begin at multiples of 16 bytes from each other")
@@ -80,7 +80,7 @@ def empty_inputs(slots: FusedSlots, sequences: int) -> torch.Tensor:
     Returns:
         [1 + sequences, channels, width - 1] over memory of [1 + sequences, width - 1, channels].
     """
-    _, width, channels = slots.conv.shape
+    width, channels = slots.constants()["WIDTH"], slots.conv.shape[2]
     return slots.conv.new_empty(1 + sequences, width - 1, channels).transpose(1, 2)
 
 
@@ -127,7 +127,7 @@ def write_slots(
     Raises:
         ValueError: `inputs` is laid out in another way.
     """
-    _, width, channels = slots.conv.shape
+    width, channels = slots.constants()["WIDTH"], slots.conv.shape[2]
     if inputs.shape != (1 + len(rows), channels, width - 1) or not inputs.transpose(1, 2).is_contiguous():
         raise ValueError(f"inputs {tuple(inputs.shape)} of {inputs.dtype} are not laid out as by `empty_inputs`")
     tensors = (slots.conv, slots.ssm, slots.scale, slots.ring_dt, slots.anchor_conv, slots.anchor)
@@ -151,8 +151,8 @@ def move_slots(layers: LayerSlots, moves: torch.Tensor) -> None:
     """
     slots = layers.first
     move_kernel[_programs(slots), len(moves), len(layers.offsets)](
-        moves, layers.tables, layers.groups, layers.offsets, layers.A, *slots,
-        layers.tables_stride, *slot_strides(slots), **_constants(slots),
+        moves, layers.tables, layers.groups, layers.offsets, layers.A, *slots.tensors,
+        layers.tables_stride, *slot_strides(slots.tensors), **_constants(slots),
     )  # fmt: skip
 
 
@@ -162,4 +162,4 @@ def _programs(slots: FusedSlots) -> int:
 
 
 def _constants(slots: FusedSlots) -> dict[str, object]:
-    return slots.constants() | {"WIDTH": slots.conv.shape[1], "BLOCK": BLOCK}
+    return slots.constants() | {"BLOCK": BLOCK}

@@ -10,11 +10,13 @@ from vllm_bamba.ops.mixer_step.kernels import fold, of_any_batch, store_state, t
 
 
 @triton.jit
-def places(part, length, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+def places(
+    part, length, WIDTH: tl.constexpr, DRAFTS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Of some channels of the last WIDTH - 1 of `length` inputs: places in a ring, in order, and which exist."""
     channel = part * BLOCK + tl.arange(0, BLOCK)
     i = tl.arange(0, 4)  # no convolution is wider
-    entry = (length + 1 + i) % WIDTH  # that of token length - (WIDTH - 1) + i
+    entry = (length + 1 + DRAFTS + i) % (WIDTH + DRAFTS)  # that of token length - (WIDTH - 1) + i
     inside = (i < WIDTH - 1)[:, None] & (channel < CHANNELS)[None, :]
     return entry[:, None] * CHANNELS + channel[None, :], i[:, None] * CHANNELS + channel[None, :], inside
 
@@ -24,7 +26,7 @@ def read_kernel(
     inputs, states, a_ptr, slots, lengths, query_start_loc, continues, conv, ssm, scale, ring_x, ring_b, ring_dt,
     conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr,
-    REPLAY: tl.constexpr, QUANTISED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    REPLAY: tl.constexpr, DRAFTS: tl.constexpr, QUANTISED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`read_slots`, a head or a block of channels of a sequence."""
     head, sequence = tl.program_id(0), tl.program_id(1)
@@ -33,7 +35,7 @@ def read_kernel(
     position = tl.load(lengths + sequence) - new  # of the first new token
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM + 2 * GROUPS * STATE  # of the convolution
     if head >= HEADS:
-        in_ring, in_order, inside = places(head - HEADS, position, WIDTH, CHANNELS, BLOCK)
+        in_ring, in_order, inside = places(head - HEADS, position, WIDTH, DRAFTS, CHANNELS, BLOCK)
         inputs += (1 + sequence.to(tl.int64)) * (WIDTH - 1) * CHANNELS
         tl.store(inputs + in_order, tl.load(conv + slot * conv_stride + in_ring, mask=inside), mask=inside)
         return
@@ -51,7 +53,7 @@ def read_kernel(
         ring_b += slot * ring_b_stride + head // (HEADS // GROUPS) * STATE
         ring_dt += slot * ring_dt_stride + head * REPLAY
         a = tl.load(a_ptr + head)
-        state = fold(state, a, position - 1, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, GROUPS * STATE, REPLAY)
+        state = fold(state, a, position - 1, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, GROUPS * STATE, REPLAY, DRAFTS)
     tl.store(states + tile, state)
 
 
@@ -60,7 +62,8 @@ def write_kernel(
     inputs, states, rows_of, slots, lengths, conv, ssm, scale, ring_dt, anchor_conv, anchor,
     conv_stride, ssm_stride, scale_stride, ring_dt_stride, anchor_conv_stride, anchor_stride,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr,
-    REPLAY: tl.constexpr, QUANTISED: tl.constexpr, ANCHORED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    REPLAY: tl.constexpr, DRAFTS: tl.constexpr, QUANTISED: tl.constexpr, ANCHORED: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`write_slots`, likewise."""
     head, sequence = tl.program_id(0), tl.program_id(1)
@@ -69,7 +72,7 @@ def write_kernel(
         return
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM + 2 * GROUPS * STATE  # of the convolution
     if head >= HEADS:
-        in_ring, in_order, inside = places(head - HEADS, length, WIDTH, CHANNELS, BLOCK)
+        in_ring, in_order, inside = places(head - HEADS, length, WIDTH, DRAFTS, CHANNELS, BLOCK)
         inputs += (1 + sequence.to(tl.int64)) * (WIDTH - 1) * CHANNELS
         last = tl.load(inputs + in_order, mask=inside)
         tl.store(conv + slot * conv_stride + in_ring, last, mask=inside)
@@ -100,7 +103,7 @@ def move_kernel(
     conv, ssm, scale, ring_x, ring_b, ring_dt, anchor_conv, anchor, tables_stride,
     conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride, anchor_conv_stride,
     anchor_stride, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr,
-    REPLAY: tl.constexpr, QUANTISED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    REPLAY: tl.constexpr, DRAFTS: tl.constexpr, QUANTISED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`move_slots`, a head or a block of channels of one sequence and layer.
 
@@ -119,7 +122,7 @@ def move_kernel(
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM + 2 * GROUPS * STATE  # of the convolution
     if head >= HEADS:
         conv, anchor_conv = of_layer(conv, offset), of_layer(anchor_conv, offset)
-        in_ring, in_order, inside = places(head - HEADS, length, WIDTH, CHANNELS, BLOCK)
+        in_ring, in_order, inside = places(head - HEADS, length, WIDTH, DRAFTS, CHANNELS, BLOCK)
         if at_anchor:
             last = tl.load(anchor_conv + there * anchor_conv_stride + in_order, mask=inside)
         else:
@@ -151,6 +154,6 @@ def move_kernel(
         ring_b = of_layer(ring_b, offset) + there * ring_b_stride + head // (HEADS // GROUPS) * STATE
         old_dt = ring_dt + there * ring_dt_stride
         state = widened(kept, old_scale, rows, QUANTISED)
-        state = fold(state, a, length - 1, ring_x, ring_b, old_dt, p, n, HEAD_DIM, GROUPS * STATE, REPLAY)
+        state = fold(state, a, length - 1, ring_x, ring_b, old_dt, p, n, HEAD_DIM, GROUPS * STATE, REPLAY, DRAFTS)
         store_state(state, ssm + here * ssm_stride, new_scale, rows, tile, n, length, QUANTISED)
     tl.store(ring_dt + here * ring_dt_stride + entries, tl.zeros([REPLAY], tl.float32))

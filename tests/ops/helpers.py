@@ -97,10 +97,11 @@ def inner_states(
     )
 
 
-def decode_plan(slots: list[int], lengths: list[int] | None = None) -> DecodePlan:
-    """One token for each slot, the last of `lengths`; slot 0 is a padded row."""
+def decode_plan(slots: list[int], lengths: list[int] | None = None, tokens: list[int] | None = None) -> DecodePlan:
+    """One token for each slot, or `tokens`, the last of `lengths`; slot 0 is a padded row."""
     lengths = lengths or [1] * len(slots)
-    return DecodePlan(len(slots), ints(slots)[:, None], ints(lengths), query_start_loc=None, accepted=None)
+    starts = None if tokens is None else ints([0, *itertools.accumulate(tokens)])
+    return DecodePlan(sum(tokens or [1] * len(slots)), ints(slots)[:, None], ints(lengths), starts, accepted=None)
 
 
 class Slots:

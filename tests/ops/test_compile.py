@@ -16,7 +16,7 @@ import pytest
 from vllm_bamba.ops.mixer_step.tuning import DEFAULT_WARPS, PREPARE, PREPARE_AND_FOLD, WARPS
 from vllm_bamba.ops.skinny_linear.tuning import H100, H200
 
-SHAPE = {"HEADS": 128, "HEAD_DIM": 64, "GROUPS": 1, "STATE": 128, "WIDTH": 4, "BIAS": True}
+SHAPE = {"HEADS": 128, "HEAD_DIM": 64, "GROUPS": 1, "STATE": 128, "WIDTH": 4, "DRAFTS": 0, "BIAS": True}
 FP32 = {"a_ptr", "scale", "ring_dt", "states", "factors", "squares"}
 FLOATS = {"dt_low", "dt_high", "share", "eps", "earlier_eps"}
 INT32 = {"slots", "lengths", "query_start_loc", "moves", "groups", "anchor"}
@@ -41,6 +41,12 @@ STEP += [
     for fold in (True, False)
 ]
 STEP += [{"kernel": "replay", "state": "i8", "REPLAY": 16, "STATE": 16, "INTEGERS": False}]
+STEP += [
+    {"kernel": kernel, "state": state, "REPLAY": 16, "DRAFTS": drafts}
+    for drafts in (1, 4)
+    for kernel in ("prepare", "replay")
+    for state in ("bf16", "i8")
+]
 STEP += [
     {"kernel": kernel, "state": state, "REPLAY": 16, "EARLY": False, "INTEGERS": False, "capability": capability}
     for kernel in ("prepare", "replay")

@@ -1,6 +1,8 @@
 """The fused decode step, its slots and the prefill's way in and out of them, against the fp64 reference."""
 
 import math
+import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,8 +43,10 @@ def slot_format(
     width: int = WIDTH,
     replay: int = REPLAY,
     anchored: bool = False,
+    drafts: int = 0,
 ) -> SlotFormat:
-    return SlotFormat(MixerShard(HEADS, HEAD_DIM, groups, STATE), width, dtype, state_dtype or dtype, replay, anchored)
+    shard = MixerShard(HEADS, HEAD_DIM, groups, STATE)
+    return SlotFormat(shard, width, dtype, state_dtype or dtype, replay, anchored, drafts)
 
 
 class Batch:
@@ -73,29 +77,58 @@ class Batch:
         self.exact = [(i.double(), s.double()) for i, s in zip(inputs, states, strict=True)]
         self.plain = [(i, stored(s, form)) for i, s in zip(inputs, states, strict=True)]
 
-    def step(self, limit: tuple[float, float] = NO_LIMIT) -> torch.Tensor:
-        """One token for each sequence; what comes out is compared in `check`."""
-        rows = range(len(self.slots))
-        self.lengths = [length + 1 for length in self.lengths]
+    def step(
+        self,
+        limit: tuple[float, float] = NO_LIMIT,
+        tokens: list[int] | None = None,
+        accepted: list[int] | None = None,
+        poisonous: bool = False,
+    ) -> torch.Tensor:
+        """One token for each sequence; what comes out is compared in `check`.
+
+        With drafts `tokens` of each, of which the first `accepted` stay; two more rows are nobody's. If drafts are
+        `poisonous`, all that is not accepted is NaN, but for the time step.
+        """
+        counts = tokens or [1] * len(self.slots)
+        size, inner = 2 * HEADS * HEAD_DIM + 2 * self.groups * STATE + HEADS, HEADS * HEAD_DIM
         self.seed += 1
-        inner, gated = HEADS * HEAD_DIM, self.weights.norm is not None
-        given = randn_rows(self.seed, len(rows), 2 * inner + 2 * self.groups * STATE + HEADS, dtype=self.form.dtype)
-        columns = inner + (sum_columns(HEADS) if gated else 0)
-        out = inside(torch.full((len(rows), columns), float("nan"), dtype=self.form.dtype, device=DEVICE))
-        plan = decode_plan(self.slots, self.lengths)
-        mixer_step(inside(given), self.weights, limit, self.fused, plan, out)
-        for row in rows:
-            if not self.slots[row]:
-                assert not out[row].any()
-                continue
+        seeds = [self.seed + 10**6 * j for j in range(max(counts))]
+        given = [randn_rows(seed, len(counts), size, dtype=self.form.dtype) for seed in seeds]
+        stay = accepted or counts
+        if poisonous:
+            for row, count in enumerate(counts):
+                for j in range(stay[row], count):
+                    given[j][row, :-HEADS] = float("nan")
+        packed = [given[j][row] for row, count in enumerate(counts) for j in range(count)]
+        nobodys = [] if tokens is None else [torch.full_like(given[0][0], float("nan"))] * 2
+        columns = inner + (sum_columns(HEADS) if self.weights.norm is not None else 0)
+        out = torch.full((len(packed + nobodys), columns), float("nan"), dtype=self.form.dtype, device=DEVICE)
+        out = inside(out)
+        lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        plan = replace(decode_plan(self.slots, lengths, tokens), num_tokens=len(out))
+        mixer_step(inside(torch.stack(packed + nobodys)), self.weights, limit, self.fused, plan, out)
+        assert not out[len(packed) :].any()
+        self.lengths = [length + new for length, new in zip(self.lengths, stay, strict=True)]
+        results = iter(out)
+        for row, count in enumerate(counts):
             if row == len(self.seen):
                 self.seen.append(([], []))
-            exact, exact_square, self.exact[row] = self._reference(given[row].double(), self.exact[row], limit)
-            plain, plain_square, (inputs, state) = self._reference(given[row], self.plain[row], limit)
-            self.plain[row] = inputs, stored(state, self.form, 1000 * row + self.seed)
-            square = out[row, inner:].double().sum()
-            self.seen[row][0].append(torch.stack([out[row, :inner].double(), exact, plain.double()]))
-            self.seen[row][1].append(torch.stack([square, exact_square, plain_square.double()]))
+            exact, plain = (list(of[row : row + 1]) for of in (self.exact, self.plain))  # after each token
+            for j in range(count):
+                result = next(results)
+                if not self.slots[row]:
+                    assert not result.any()
+                if not self.slots[row] or (poisonous and j >= stay[row]):
+                    continue
+                y, square, state = self._reference(given[j][row].double(), exact[-1], limit)
+                exact.append(state)
+                plain_y, plain_square, (inputs, state) = self._reference(given[j][row], plain[-1], limit)
+                plain.append((inputs, stored(state, self.form, 1000 * row + self.seed)))
+                self.seen[row][0].append(torch.stack([result[:inner].double(), y, plain_y.double()]))
+                sums = result[inner:].double().sum(), square, plain_square.double()
+                self.seen[row][1].append(torch.stack(sums))
+            if self.slots[row]:
+                self.exact[row], self.plain[row] = exact[stay[row]], plain[stay[row]]
         return out
 
     def _reference(
@@ -192,6 +225,90 @@ def test_padded_rows_are_zero_and_touch_nothing(replay: int) -> None:
     others = [slot for slot in range(12) if slot not in (7, 2)]
     assert torch.equal(batch.pages[others], before[others])
     batch.check()
+
+
+def run_with_drafts(batch: Batch, tokens: int, seed: int = 0, poisonous: bool = False) -> None:
+    """Until each sequence has so many tokens more, with any number of drafts a step, any number of them accepted."""
+    numbers = random.Random(seed)
+    ends = [length + tokens for length in batch.lengths]
+    used = [row for row, slot in enumerate(batch.slots) if slot]
+    while any(batch.lengths[row] < ends[row] for row in used):
+        counts = [numbers.randint(1, 1 + batch.form.drafts) if slot else 0 for slot in batch.slots]
+        stay = [numbers.randint(1, count) if count else 0 for count in counts]
+        batch.step(tokens=counts, accepted=stay, poisonous=poisonous)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "replay", "dtype", "state_dtype"),
+    [
+        (1, 8, torch.float32, torch.float32),
+        (2, 8, torch.float32, torch.float32),
+        (4, 16, torch.float32, torch.float32),
+        (1, 8, torch.bfloat16, torch.bfloat16),
+        (3, 8, torch.bfloat16, torch.bfloat16),
+        (2, 8, torch.bfloat16, torch.int8),
+        (4, 16, torch.bfloat16, torch.int8),
+        (7, 16, torch.bfloat16, torch.float8_e4m3fn),
+    ],
+    ids=str,
+)
+def test_a_sequence_has_seen_what_was_accepted_in_every_phase_of_the_ring(
+    drafts: int, replay: int, dtype: torch.dtype, state_dtype: torch.dtype
+) -> None:
+    batch = Batch(slot_format(dtype, state_dtype, replay=replay, drafts=drafts), slots=[7, 2], lengths=[1, 30])
+    for turn in range(4):
+        run_with_drafts(batch, replay + 1, seed=turn)
+        batch.check()
+
+
+@pytest.mark.parametrize(("drafts", "replay"), [(2, 8), (4, 16)])
+def test_nothing_is_left_of_what_was_not_accepted(drafts: int, replay: int) -> None:
+    batch = Batch(slot_format(torch.float32, replay=replay, drafts=drafts), slots=[7, 2], lengths=[1, 30])
+    run_with_drafts(batch, 2 * replay, poisonous=True)
+    batch.check()
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_drafts_of_shorter_convolutions_in_groups_with_padding(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of six heads those whose rings are full are not the same number in each step."""
+    use_sizes(monkeypatch, HEADS=6)
+    form = slot_format(torch.bfloat16, torch.bfloat16, groups=2, width=width, drafts=2)
+    batch = Batch(form, slots=[7, 0, 2], lengths=[1, 5, 30], gated=True, bias=False)
+    before = batch.pages.clone()
+    run_with_drafts(batch, REPLAY + 1)
+    batch.check()
+    others = [slot for slot in range(12) if slot not in (7, 2)]
+    assert torch.equal(batch.pages[others], before[others])
+
+
+def test_a_prefill_goes_on_behind_drafts_and_drafts_behind_it() -> None:
+    batch = Batch(slot_format(torch.float32, drafts=2), slots=[7, 2], lengths=[1, 30])
+    for turn in range(3):
+        run_with_drafts(batch, 3, seed=turn)
+        inputs, plan = empty_inputs(batch.fused, 2), prefill_plan([1, 1], batch.slots, batch.lengths)
+        states = read_slots(batch.fused, batch.weights.A, plan, inputs)
+        write_slots(batch.fused, ints(batch.slots), ints(batch.lengths), inputs, states, ints([0, 1]))
+    run_with_drafts(batch, REPLAY)
+    batch.check()
+
+
+@pytest.mark.parametrize(
+    ("form", "tokens", "message"),
+    [
+        ({"drafts": 2}, None, "a plan with other drafts"),
+        ({}, [1], "a plan with other drafts"),
+        ({"drafts": 4}, [1], "cannot be taken back from a ring of 8"),
+        ({"drafts": 1, "replay": 0}, [1], "cannot be taken back from a ring of 0"),
+        ({"drafts": 1, "anchored": True}, [1], "behind an anchor"),
+    ],
+)
+def test_drafts_that_cannot_be_taken_back_are_refused(
+    form: dict[str, int], tokens: list[int] | None, message: str
+) -> None:
+    batch = Batch(slot_format(torch.float32, **form), slots=[7], lengths=[3])  # type: ignore[arg-type]
+    given, out = randn(1, 1, 2 * HEADS * HEAD_DIM + 2 * STATE + HEADS), randn(2, 1, HEADS * HEAD_DIM)
+    with pytest.raises(ValueError, match=message):
+        mixer_step(given, batch.weights, NO_LIMIT, batch.fused, decode_plan([7], [4], tokens), out)
 
 
 @both_ways
@@ -416,7 +533,7 @@ def test_starting_early_changes_no_bits(
 
         def reset() -> None:
             for slots, checkpoint in zip(layers, checkpoints, strict=True):
-                for tensor in slots:
+                for tensor in slots.tensors:
                     if tensor is not None:
                         tensor.zero_()
                 slots.ssm.copy_(checkpoint)

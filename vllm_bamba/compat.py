@@ -176,11 +176,6 @@ def check_options(vllm_config: VllmConfig) -> None:
     """Raise ValueError for vLLM options that this model would otherwise get wrong, or fail with late."""
     if vllm_config.cache_config.use_replayssm:
         raise ValueError("--use-replayssm is a feature of vLLM's own mixer; leave it out for Bamba.")
-    if vllm_config.speculative_config is not None and current_platform.is_cpu():
-        raise ValueError(
-            "speculative decoding of Bamba needs a GPU: vLLM's CPU convolution cannot take rejected tokens back. "
-            "Leave --speculative-config out."
-        )
     offload = vllm_config.offload_config
     if offload.prefetch.offload_group_size > 0 and offload.offload_backend != "uva":
         raise ValueError(

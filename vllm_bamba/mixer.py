@@ -16,9 +16,9 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowPar
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
-from vllm_bamba.compat import align_blocks, mix_opaquely, state_backend
+from vllm_bamba.compat import align_blocks, mix_opaquely, replace_spec, state_backend
 from vllm_bamba.config import BambaShape
 from vllm_bamba.mixing import FusedMixing, Mixing, OperatorMixing
 from vllm_bamba.ops.gated_norm import Division, gated_rms_norm
@@ -212,7 +212,10 @@ class BambaMixer(nn.Module, MambaBase):
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         if self.shape.attention_layers:
             align_blocks(vllm_config, self.backend)
-        return state_spec(super().get_kv_cache_spec(vllm_config), vllm_config)
+        spec = super().get_kv_cache_spec(vllm_config)
+        if isinstance(self.mixing, FusedMixing):  # which takes drafts back inside of a slot
+            spec = replace_spec(MambaSpec, spec, num_speculative_blocks=0)
+        return state_spec(spec, vllm_config)
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
         return self.slot_shapes

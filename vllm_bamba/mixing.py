@@ -176,7 +176,8 @@ class FusedMixing(Mixing):
             y, gate = row[:, : shard.local_intermediate].clone(), row[:, : shard.local_intermediate]
             gate_for_later(y, gate, mixer.norm.weight, output)
         one = torch.ones(1, 1, dtype=torch.int32, device=device)
-        plan = DecodePlan(1, one, one[0], query_start_loc=None, accepted=None)
+        starts = torch.arange(2, dtype=torch.int32, device=device) if self.form.drafts else None
+        plan = DecodePlan(1, one, one[0], starts, accepted=None)
         mixer_step(row, self.weights, mixer.shape.time_step_limit, slots, plan, output)
         if self.form.anchored:
             move = torch.tensor([[0, 1, 0, 0]], dtype=torch.int32, device=device)

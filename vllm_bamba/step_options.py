@@ -10,8 +10,11 @@ Options of the engine, in vLLM's `additional_config`:
 | `bamba_prefill_graphs` | true | short prefills as CUDA graphs, with either step, where vLLM has piecewise ones |
 
 The step is on by default on the GPUs that its tests and its tables are from, compute capability 9.0, with bf16
-activations, unless the checkpoint is quantised, tokens are drafted or blocks go to other engines. Elsewhere it can be
-asked for. There states are in int8 by default, the fastest precision that predicts as fp32 does
+activations, unless the checkpoint is quantised or blocks go to other engines. Elsewhere it can be asked for. Drafted
+tokens of speculative decoding cost it no states, but it takes them back without prefix caching only, and from a ring of
+more than twice as many.
+
+Where the step is on by default, states are in int8, the fastest precision that predicts as fp32 does
 (benchmarks/bench_accuracy.py); elsewhere, or if it is given, `--mamba-ssm-cache-dtype` decides.
 """
 
@@ -55,7 +58,7 @@ class StepOptions:
         given: dict[str, Any] = vllm_config.additional_config if isinstance(vllm_config.additional_config, dict) else {}
         fused, replay = given.get("bamba_fused_step"), given.get("bamba_replay", cls.replay)
         dtype, graphs = given.get("bamba_state_dtype"), given.get("bamba_prefill_graphs", cls.prefill_graphs)
-        best = _is_best(vllm_config, shape)
+        best = replay in REPLAYS and _is_best(vllm_config, shape, replay)
         if fused is None:
             fused = best
         if not isinstance(fused, bool):
@@ -81,7 +84,7 @@ def _leaves_precision_open(cache: CacheConfig) -> bool:
     return cache.mamba_ssm_cache_dtype == "auto" and cache.mamba_cache_dtype == "auto"
 
 
-def _is_best(vllm_config: VllmConfig, shape: BambaShape) -> bool:
+def _is_best(vllm_config: VllmConfig, shape: BambaShape, replay: int) -> bool:
     """Whether the fused step can serve, and was shown to be right and fast here."""
     return (
         current_platform.is_cuda()
@@ -89,20 +92,29 @@ def _is_best(vllm_config: VllmConfig, shape: BambaShape) -> bool:
         and vllm_config.model_config.dtype == torch.bfloat16
         and vllm_config.model_config.quantization is None
         and not moves_blocks(vllm_config)
-        and _obstacle(vllm_config, shape) is None
+        and _obstacle(vllm_config, shape, replay) is None
     )
 
 
 def check_step(vllm_config: VllmConfig, shape: BambaShape) -> None:
-    """Raise ValueError where the fused step is asked for and cannot serve."""
+    """Raise ValueError where the fused step is asked for and cannot serve, or where no other can."""
     options = StepOptions.of(vllm_config, shape)
-    obstacle = _obstacle(vllm_config, shape, options.eight_bits)
+    if not options.fused and vllm_config.speculative_config is not None and current_platform.is_cpu():
+        raise ValueError(
+            "speculative decoding of Bamba needs a GPU: vLLM's CPU convolution cannot take rejected tokens back. "
+            "Leave --speculative-config out."
+        )
+    obstacle = _obstacle(vllm_config, shape, options.replay, options.eight_bits)
     if options.fused and obstacle:
         raise ValueError(f"additional_config: bamba_fused_step cannot be used here: {obstacle}. Leave it out.")
 
 
-def _obstacle(vllm_config: VllmConfig, shape: BambaShape, eight_bits: torch.dtype | None = None) -> str | None:
+def _obstacle(
+    vllm_config: VllmConfig, shape: BambaShape, replay: int, eight_bits: torch.dtype | None = None
+) -> str | None:
     """What the fused step cannot do."""
+    drafts = vllm_config.num_speculative_tokens
+    fitting = [str(tokens) for tokens in REPLAYS if tokens > 2 * drafts]
     sizes = {"mamba_d_head": shape.mamba_head_dim, "mamba_d_state": shape.mamba_state}
     odd = [
         f"{name} = {size} is no power of two from 16 on"
@@ -114,7 +126,12 @@ def _obstacle(vllm_config: VllmConfig, shape: BambaShape, eight_bits: torch.dtyp
         "fp8 states need a GPU of compute capability 8.9 or later": eight_bits == torch.float8_e4m3fn
         and current_platform.is_cuda()
         and not current_platform.has_device_capability(89),
-        "speculative decoding takes tokens back": vllm_config.speculative_config is not None,
+        "speculative decoding takes tokens back, for which states must not be cached (--no-enable-prefix-caching)": (
+            vllm_config.speculative_config is not None and vllm_config.cache_config.enable_prefix_caching
+        ),
+        f"{drafts} drafted tokens do not fit bamba_replay {replay} ({' and '.join(fitting) or 'none'} would do)": (
+            drafts > 0 and replay <= 2 * drafts
+        ),
         "there is no NVIDIA GPU": not current_platform.is_cuda() and os.environ.get("TRITON_INTERPRET") != "1",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -141,7 +158,8 @@ def slot_format(vllm_config: VllmConfig, shape: BambaShape) -> SlotFormat | None
     shard = mixer_shard(shape, vllm_config.parallel_config.tensor_parallel_size)
     state_dtype = options.eight_bits or state_dtype
     anchored = anchors_slots(vllm_config, options.replay)
-    return SlotFormat(shard, shape.conv_width, conv_dtype, state_dtype, options.replay, anchored)
+    drafts = vllm_config.num_speculative_tokens
+    return SlotFormat(shard, shape.conv_width, conv_dtype, state_dtype, options.replay, anchored, drafts)
 
 
 def slot_shapes(vllm_config: VllmConfig, shape: BambaShape) -> tuple[tuple[int, ...], ...]:

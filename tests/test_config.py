@@ -12,7 +12,7 @@ from transformers.models.bamba import modeling_bamba
 
 from vllm_bamba import compat
 from vllm_bamba.config import NO_TIME_STEP_LIMIT, BambaServingConfig, BambaShape
-from vllm_bamba.step_options import StepOptions
+from vllm_bamba.step_options import StepOptions, check_step
 
 SMALL = {
     "vocab_size": 320,
@@ -272,7 +272,8 @@ def engine(**changes: object) -> SimpleNamespace:
         "model": "a/name-on-the-hub",
         "tensor": 1,
         "replay": False,
-        "speculative": None,
+        "drafts": 0,
+        "caching": False,
         "lora": None,
         "state_dtype": "auto",
         "cache_dtype": "auto",
@@ -300,7 +301,7 @@ def engine(**changes: object) -> SimpleNamespace:
             use_replayssm=values["replay"],
             mamba_ssm_cache_dtype=values["state_dtype"],
             mamba_cache_dtype=values["cache_dtype"],
-            enable_prefix_caching=False,
+            enable_prefix_caching=values["caching"],
             kv_offloading_size=values["offloading"],
             prefix_cache_retention_interval=None,
         ),
@@ -310,7 +311,8 @@ def engine(**changes: object) -> SimpleNamespace:
         ),
         compilation_config=SimpleNamespace(inductor_compile_config=values["inductor"]),
         additional_config={},
-        speculative_config=values["speculative"],
+        speculative_config=object() if values["drafts"] else None,
+        num_speculative_tokens=values["drafts"],
         lora_config=values["lora"],
         kv_transfer_config=values["connector"],
         kv_events_config=None,
@@ -377,12 +379,39 @@ def test_rows_of_products_stay_where_the_next_piece_looks_for_them(
 @pytest.mark.parametrize("cpu", [True, False], ids=["cpu", "gpu"])
 def test_speculation_is_refused_without_a_gpu_only(cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(compat.current_platform), "is_cpu", lambda self: cpu)
-    config = engine(speculative=object())
+    config = engine(drafts=2)
+    shape = BambaShape.from_hf(config.model_config.hf_config)
     if cpu:
         with pytest.raises(ValueError, match="--speculative-config"):
-            compat.check_options(config)
+            check_step(config, shape)
     else:
-        compat.check_options(config)
+        check_step(config, shape)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "replay", "caching", "message"),
+    [
+        (3, 8, False, None),
+        (7, 16, False, None),
+        (15, 32, False, None),
+        (4, 8, False, r"4 drafted tokens do not fit bamba_replay 8 \(16 and 32 would do\)"),
+        (1, 0, False, r"1 drafted tokens do not fit bamba_replay 0 \(8 and 16 and 32 would do\)"),
+        (16, 32, False, r"16 drafted tokens do not fit bamba_replay 32 \(none would do\)"),
+        (3, 8, True, "states must not be cached .--no-enable-prefix-caching"),
+    ],
+)
+def test_drafts_that_the_fused_step_cannot_take_back_are_refused(
+    drafts: int, replay: int, caching: bool, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    config = engine(drafts=drafts, caching=caching)
+    config.additional_config = {"bamba_fused_step": True, "bamba_replay": replay}
+    shape = BambaShape.from_hf(config.model_config.hf_config)
+    if message is None:
+        check_step(config, shape)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_step(config, shape)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +421,10 @@ def test_speculation_is_refused_without_a_gpu_only(cpu: bool, monkeypatch: pytes
         ("another GPU", (8, 0), {}),
         ("a CPU", None, {}),
         ("quantised", (9, 0), {"quantization": "fp8"}),
-        ("drafts", (9, 0), {"speculative": object()}),
+        ("", (9, 0), {"caching": True}),
+        ("", (9, 0), {"drafts": 7}),
+        ("more drafts than a ring takes", (9, 0), {"drafts": 8}),
+        ("drafts and cached states", (9, 0), {"drafts": 2, "caching": True}),
         ("blocks go to other engines", (9, 0), {"connector": object()}),
         ("blocks go to the host", (9, 0), {"offloading": 1.0}),
         ("fp16", (9, 0), {"dtype": torch.float16}),

@@ -11,7 +11,7 @@ from vllm.v1.attention.selector import get_attn_backend
 
 from vllm_bamba.compat import state_backend
 from vllm_bamba.config import BambaShape
-from vllm_bamba.state import channels_first, mixer_shard, plan_batch, state_shapes
+from vllm_bamba.state import SlotFormat, channels_first, mixer_shard, plan_batch, state_shapes
 from vllm_bamba.state_metadata import StateMetadataBuilder
 
 
@@ -146,6 +146,16 @@ def test_the_convolutions_state_is_viewed_with_channels_first() -> None:
     viewed = channels_first(stored)
     assert viewed.shape == (5, 8 * 4 // 2 + 2 * 3, 3)
     assert viewed.data_ptr() == stored.data_ptr()
+
+
+def test_drafts_cost_the_fused_step_as_many_inputs_of_the_convolution_and_nothing_else() -> None:
+    shard = mixer_shard(shape(8, 16, 1, 16, 4), 1)
+    none, three = (
+        SlotFormat(shard, 4, torch.bfloat16, torch.int8, replay=16, drafts=drafts).tensors() for drafts in (0, 3)
+    )
+    assert three.pop("conv") == ((7, shard.local_conv_channels), torch.bfloat16)
+    assert none.pop("conv") == ((4, shard.local_conv_channels), torch.bfloat16)
+    assert three == none
 
 
 def test_each_rank_holds_its_own_part_of_one_shape() -> None:

@@ -10,6 +10,7 @@ from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadataBuilde
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from vllm_bamba import state_metadata
+from vllm_bamba.state import plan_batch
 from vllm_bamba.state_metadata import InnerStateBuilder, InnerStateMetadata, StateMetadata, StateMetadataBuilder
 
 UNIT = 16
@@ -67,17 +68,23 @@ class TestDecodesForGraphs:
     DECODES = ((1, 1), (UNIT, 1), (UNIT + 1, 1), (0, 0))  # tokens of each sequence, and new ones; the last row pads
 
     def builder(
-        self, kind: type[Mamba2AttentionMetadataBuilder], mode: str, largest: int = 8, graphs: str = "FULL_DECODE_ONLY"
+        self,
+        kind: type[Mamba2AttentionMetadataBuilder],
+        mode: str,
+        largest: int = 8,
+        graphs: str = "FULL_DECODE_ONLY",
+        drafts: int = 0,
     ) -> Mamba2AttentionMetadataBuilder:
         compilation = SimpleNamespace(
             max_cudagraph_capture_size=largest,
             cudagraph_mode=CUDAGraphMode[graphs],
             static_forward_context={"layer": SimpleNamespace(wants_graphs=False)},
         )
+        speculative = SimpleNamespace(num_speculative_tokens=drafts, parallel_drafting=False)
         config = SimpleNamespace(
-            speculative_config=None,
+            speculative_config=speculative if drafts else None,
             compilation_config=compilation,
-            num_speculative_tokens=0,
+            num_speculative_tokens=drafts,
             scheduler_config=SimpleNamespace(max_num_seqs=8),
             cache_config=SimpleNamespace(
                 use_replayssm=False, replayssm_buffer_len=0, mamba_cache_mode=mode, hash_block_size=None
@@ -149,3 +156,26 @@ class TestDecodesForGraphs:
             assert (mine.slot_columns is not None) == fetched
         first, second = (of_group.state_indices_tensor_d.tolist() for of_group, _ in made["ours"])
         assert first != second
+
+    def test_with_drafts_each_sequence_has_one_slot_and_any_number_of_tokens(self) -> None:
+        """What the fused step reads, where a graph looks that was captured with as many tokens as there can be."""
+        builder = self.builder(StateMetadataBuilder, "none", drafts=2)
+        table = TABLE[:, :1].clone()
+        table[3] = 0
+        full, real = (
+            self.batch(table, rows).replace(is_prefilling=torch.zeros(4, dtype=torch.bool))
+            for rows in (((7, 3),) * 4, ((7, 3), (9, 1), (20, 2), (0, 0)))  # the last row pads
+        )
+        captured, _ = plan_batch(builder.build_for_cudagraph_capture(full))
+        accepted = torch.ones(4, dtype=torch.int32)
+        decode, prefill = plan_batch(builder.build(0, real, num_accepted_tokens=accepted))
+        assert prefill is None
+        assert captured is not None
+        assert decode is not None
+        assert decode.slots[:, 0].tolist() == table[:, 0].tolist()
+        assert decode.lengths.tolist() == [7, 9, 20, 0]
+        assert decode.query_start_loc is not None
+        assert decode.query_start_loc.tolist() == [0, 3, 4, 6, 6]
+        assert (decode.num_tokens, captured.num_tokens) == (6, 12)
+        assert decode.slots.data_ptr() == captured.slots.data_ptr()
+        assert decode.slots.stride() == captured.slots.stride()

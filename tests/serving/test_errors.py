@@ -57,7 +57,10 @@ def test_impossible_tensor_parallel_size_is_named_with_the_possible_ones(tmp_pat
 
 def test_speculation_without_a_gpu_is_refused(tmp_path):
     speculation = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
-    assert "speculative decoding of Bamba needs a GPU" in refusal(save_random(tmp_path), speculative_config=speculation)
+    path = save_random(tmp_path)
+    assert "speculative decoding of Bamba needs a GPU" in refusal(path, speculative_config=speculation)
+    asked = {"speculative_config": speculation, "additional_config": {"bamba_fused_step": True}}
+    assert "--no-enable-prefix-caching" in refusal(path, **asked)
 
 
 def test_prefetched_weights_are_refused(tmp_path):

@@ -11,6 +11,7 @@ from parity import Engine, Reference, assert_same, check_low_precision, greedy, 
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.worker import mamba_utils
 
 from vllm_bamba import linear, step_options, stream
@@ -81,6 +82,36 @@ def test_chunked_prefill_and_preemption_equal_undisturbed_requests(tmp_path):
         disturbed = engine.answers(prompts, 20, prompt_logprobs=False)
     assert times, "the cache was large enough for all: nothing was tested"
     assert_same(undisturbed, disturbed)
+
+
+@pytest.mark.parametrize(("drafts", "replay"), [(2, 8), (4, 16)])
+def test_drafted_tokens_change_no_answer_and_cost_no_states(drafts, replay, tmp_path):
+    """Found by n-grams, of few words so that some are right; prompts end in chunks of any length."""
+    words = 12
+    path = save_random(tmp_path, **SMALL, vocab_size=words)
+    speculative = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    options = {"enable_prefix_caching": False, "disable_log_stats": False, "max_num_batched_tokens": 24}
+    step = FUSED | {"bamba_replay": replay}
+    states = set()  # of each running sequence, in each group of layers and step
+    with Engine(path, **options, additional_config=step, speculative_config=speculative) as engine:
+        managers = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
+        of_states = [manager for manager in managers if isinstance(manager.kv_cache_spec, MambaSpec)]
+        schedule = engine.scheduler.schedule
+
+        def counting(*args, **kwargs):
+            output = schedule(*args, **kwargs)
+            states.update(len(blocks) for manager in of_states for blocks in manager.req_to_blocks.values())
+            return output
+
+        engine.scheduler.schedule = counting
+        answers = engine.answers(random_prompts([21, 60, 1, 33], words), [40, 24, 20, 30], prompt_logprobs=False)
+        counted = {metric.name: metric.value for metric in engine.llm.get_metrics() if hasattr(metric, "value")}
+    drafted, accepted = (counted[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
+    assert 0 < accepted < drafted
+    assert states == {1}
+    reference = Reference(path)
+    for answer in answers:
+        reference.check(answer)
 
 
 def test_states_in_the_prefix_cache_carry_their_rings(tmp_path):

@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,8 +86,15 @@ def test_chunked_prefill_and_preemption_equal_undisturbed_requests(tmp_path):
     assert_same(undisturbed, disturbed)
 
 
+@pytest.fixture
+def ngrams() -> Iterator[None]:
+    """The compiler of vLLM's n-grams leaves a module that vLLM 0.32 fails to search when the next engine starts."""
+    yield
+    sys.modules.pop("llvmlite.binding.ffi", None)
+
+
 @pytest.mark.parametrize(("drafts", "replay"), [(2, 8), (4, 16)])
-def test_drafted_tokens_change_no_answer_and_cost_no_states(drafts, replay, tmp_path):
+def test_drafted_tokens_change_no_answer_and_cost_no_states(drafts, replay, tmp_path, ngrams):
     """Found by n-grams, of few words so that some are right; prompts end in chunks of any length."""
     words = 12
     path = save_random(tmp_path, **SMALL, vocab_size=words)
@@ -104,7 +113,7 @@ def test_drafted_tokens_change_no_answer_and_cost_no_states(drafts, replay, tmp_
             return output
 
         engine.scheduler.schedule = counting
-        answers = engine.answers(random_prompts([21, 60, 1, 33], words), [40, 24, 20, 30], prompt_logprobs=False)
+        answers = engine.answers(random_prompts([21, 60, 1, 33], words), [30, 20, 20, 24], prompt_logprobs=False)
         counted = {metric.name: metric.value for metric in engine.llm.get_metrics() if hasattr(metric, "value")}
     drafted, accepted = (counted[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
     assert 0 < accepted < drafted

@@ -148,7 +148,7 @@ def test_layers_whose_weights_come_when_they_are_called(tiny):
 def test_drafted_tokens_change_no_answer(step, drafts, eager, tiny):
     """Found by n-grams: some are accepted, and some taken back. With prefix caching the fused step gives way."""
     speculative = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    options = DEFAULTS | {"enforce_eager": eager, "disable_log_stats": False, "speculative_config": speculative}
+    options = BF16 | {"enforce_eager": eager, "disable_log_stats": False, "speculative_config": speculative}
     options |= {} if step is None else {"enable_prefix_caching": False, "additional_config": step}
     prompts = [3 * prompt for prompt in random_prompts([7, 20, 60, 1], vocabulary=1024)]
     with Engine(tiny, **options) as engine:

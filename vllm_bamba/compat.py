@@ -22,6 +22,9 @@ operator `vllm::mamba_mixer2`
 `MambaPrefillCheckpointBuilder`, `MambaSpec.num_prefill_checkpoint_blocks`, `MambaManager._needs_internal_checkpoint`
     A state inside of a prefill is kept without a step of its own: see `state_metadata.py`. Goes with the slots; vLLM's
     own caching needs the first two of any mixer.
+`MambaSpec.num_speculative_blocks`
+    0 with the fused step, which takes drafted tokens back inside of a state. Goes when vLLM asks layers how many states
+    they need.
 `CacheConfig.hash_block_size` (None while memory is profiled), `CommonAttentionMetadata.seq_lens_cpu_upper_bound` and
 `.is_prefilling`, `VllmConfig.use_v2_model_runner`
     What the builder reads of a batch, with `regather_state_indices` and `async_tensor_h2d`. Goes with the builder.

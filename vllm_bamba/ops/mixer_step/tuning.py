@@ -26,7 +26,7 @@ class Prepare:
 
 
 PREPARE = Prepare(heads=64, folded=32, num_warps=8)  # of anchored slots, which fold elsewhere
-PREPARE_AND_FOLD = Prepare(heads=32, folded=32, num_warps=4)
+PREPARE_AND_FOLD = Prepare(heads=32, folded=32, num_warps=2)
 DEFAULT_WARPS = 4
 
 # (compute capability, bytes of a number in a checkpoint), for slots with rings, activations in bf16 and heads of

@@ -13,6 +13,9 @@ so that what prefix caching costs is seen where it finds nothing. Weights are ra
 Prompts are of one length, so that with prefix slots all requests pass the end of a block of states in the same step:
 the most that the host can have to do at once. With --prompts mixed they are of 16 lengths, as users' are of all.
 
+With --drafts tokens are drafted by n-grams. Random weights repeat themselves, so most drafts are right; a step is still
+what a token takes.
+
 With --offline whole runs are timed, prefills included: several times as many requests as a batch has, all at once.
 Give all engines the same cache then (--cache-gib): by default each has what requests that run need, and none to spare.
 """
@@ -49,6 +52,7 @@ PROMPTS = {  # lengths -> columns of the rows
     "equal": {"case": "decode step", "prompt_tokens": f"{PROMPT}"},
     "mixed": {"case": "decode step, mixed lengths", "prompt_tokens": f"{PROMPT}-{PROMPT + SPREAD - 1}"},
 }
+NGRAMS = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 PROFILED = 16  # tokens by which the longer of two profiles is longer
 STEP_TOKENS = 2048  # the most of a step: activations stay small
 OFFLINE_PROMPT = 256  # tokens of the shortest prompt of whole runs
@@ -68,6 +72,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=256, help="tokens by which the longer answer is longer")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prompts", nargs="+", choices=[*PROMPTS], default=["equal"], help="their lengths")
+    parser.add_argument("--drafts", type=int, default=0, help="tokens drafted by n-grams in each step")
     parser.add_argument("--offline", type=int, default=0, help="requests of whole runs, as a multiple of the batch")
     parser.add_argument("--profile", type=pathlib.Path, help="folder: profile, by batch: traces, and rows of kernels")
     add_engine_arguments(parser, variants=["vllm_operators", "fused"])
@@ -75,8 +80,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(*args.batches, args.steps, args.repeats) < 1:
         parser.error("--batches, --steps and --repeats must be positive")
-    if args.offline < 0:
-        parser.error("--offline must not be negative")
+    if min(args.offline, args.drafts) < 0:
+        parser.error("--offline and --drafts must not be negative")
     return args
 
 
@@ -84,9 +89,12 @@ def options_of(args: argparse.Namespace, name: str, model: str) -> dict[str, Any
     """`vllm.LLM`'s arguments for one variant: as a user would have them, but for graphs of these batches only."""
     widest = max(args.batches)
     prompt, step = (OFFLINE_PROMPT, OFFLINE_STEP_TOKENS) if args.offline else (PROMPT, STEP_TOKENS)
-    more: dict[str, Any] = {"max_num_batched_tokens": max(step, widest)}
+    more: dict[str, Any] = {"max_num_batched_tokens": max(step, widest * (1 + args.drafts))}
+    if args.drafts:
+        more["speculative_config"] = NGRAMS | {"num_speculative_tokens": args.drafts}
     if not args.eager:
-        more["compilation_config"] = {"cudagraph_capture_sizes": sorted(args.batches)}
+        sizes = [batch * (1 + args.drafts) for batch in sorted(args.batches)]
+        more["compilation_config"] = {"cudagraph_capture_sizes": sizes}
     if args.profile:
         more |= profiler_options(args.profile / name)
     longest = prompt + SPREAD - 1 + SHORT + args.steps
@@ -119,20 +127,28 @@ class Case:
     """One batch: what its rows have in common.
 
     Attributes:
+        drafts: of each sequence in a step.
         moved: bytes of a step, by variant.
         limits: of the device.
     """
 
     kind: str
     batch: int
+    drafts: int
     moved: Mapping[str, float]
     limits: Limits
+
+    @property
+    def drafted(self) -> str:
+        """For the name of the case."""
+        return f", {self.drafts} drafts by n-grams, a token" if self.drafts else ""
 
     def columns(self, variant: Variant, milliseconds: float) -> dict[str, Any]:
         """Of a result row of a step that takes so long."""
         moved, columns = self.moved[variant.name], variant.columns | PROMPTS[self.kind]
+        columns["case"] += self.drafted
         details = f"{columns['details']}; {moved:.0f} bytes"
-        if milliseconds > 0:
+        if milliseconds > 0 and not self.drafts:
             share = self.limits.floor_ms(moved) / milliseconds
             details += f", {moved / milliseconds / 1e6:.0f} GB/s, {share:.0%} of a copy's"
         return columns | {"batch": self.batch, "verified": "n/a: random weights", "details": details}
@@ -201,7 +217,7 @@ def compare_offline(
     print(f"batch {case.batch}, {len(prompts)} requests of {lengths_said} tokens at once:", end="")
     for variant in variants:
         sample = Samples(tuple(speeds[variant.name][1:]))
-        columns = case.columns(variant, 0) | {"prompt_tokens": lengths_said, "case": "offline"}
+        columns = case.columns(variant, 0) | {"prompt_tokens": lengths_said, "case": f"offline{case.drafted}"}
         results.add_samples(sample, metric="throughput", unit="tokens/s", **columns)
         print(f"  {variant.name} {sample.median:.0f} tokens/s ({sample.low:.0f} to {sample.high:.0f})", end="")
     print(flush=True)
@@ -248,13 +264,15 @@ def main(argv: Sequence[str]) -> None:
                 steps = measure(args, variants, batch, prompts)
                 context = sum(tokens) // batch + args.steps // 2
                 moved = {name: step_bytes(at_least, config, dtype, name, batch, context) for name in args.variants}
-                floor, case = limits.floor_ms(at_least.decode_step(batch, context)), Case(kind, batch, moved, limits)
-                results.add(
-                    variant="floor", batch=batch, metric="decode_step", unit="ms", value=floor, repeats=1,
-                    verified="n/a", state_dtype=dtype_name(dtype), cache_mode="none",
-                    details=f"{limits.bytes_per_second / 1e9:.0f} GB/s, measured in this run; state read and written "
-                    "every step", **PROMPTS[kind],
-                )  # fmt: skip
+                floor = limits.floor_ms(at_least.decode_step(batch, context))
+                case = Case(kind, batch, args.drafts, moved, limits)
+                reached = f"{limits.bytes_per_second / 1e9:.0f} GB/s, measured in this run"
+                if not args.drafts:  # else a token has no step of its own
+                    results.add(
+                        variant="floor", batch=batch, metric="decode_step", unit="ms", value=floor, repeats=1,
+                        verified="n/a", state_dtype=dtype_name(dtype), cache_mode="none",
+                        details=f"{reached}; state read and written every step", **PROMPTS[kind],
+                    )  # fmt: skip
                 print(f"batch {batch}, prompts {kind}: floor {floor:.2f} ms", end="")
                 report(results, variants, case, steps)
                 if args.offline:

@@ -123,9 +123,9 @@ def cache_bytes(config: PreTrainedConfig, options: Mapping[str, Any], requests: 
     bf16 states that is 528 tokens, 6.2 MiB, and 10 blocks a state; slots of the fused step are larger (608 tokens),
     those of 8 bits smaller (352).
 
-    A request holds the blocks of its tokens and one state; with prefix caching up to `STATES`, since a state is not
-    written over: the next begins where a block of states ends, after 16 tokens with slots, after an attention block
-    without. With slots of the fused step answers stay where they are.
+    A request holds the blocks of its tokens and one state, on vLLM's operators one more for each draft; with prefix
+    caching up to `STATES`, since a state is not written over: the next begins where a block of states ends, after 16
+    tokens with slots, after an attention block without. With slots of the fused step answers stay where they are.
 
     Args:
         config: of the model; it has an attention layer.
@@ -138,7 +138,7 @@ def cache_bytes(config: PreTrainedConfig, options: Mapping[str, Any], requests: 
     head_dim = config.hidden_size // config.num_attention_heads
     token = 2 * config.num_key_value_heads * head_dim * dtype_of(options["dtype"]).itemsize
     block = 16 * math.ceil(state_bytes(config, options) / (16 * token))
-    states = 1
+    states = 1 if options["additional_config"]["bamba_fused_step"] else 1 + drafts(options)
     if options["enable_prefix_caching"]:
         slots = options["additional_config"].get("bamba_prefix_slots", True)
         most = ANCHORED if anchors(options) else STATES
@@ -146,6 +146,11 @@ def cache_bytes(config: PreTrainedConfig, options: Mapping[str, Any], requests: 
     blocks = requests * (-(-tokens // block) + groups * states)
     spare = 8  # vLLM keeps one for padding
     return max((blocks + spare) * attention * block * token, 64 << 20)
+
+
+def drafts(options: Mapping[str, Any]) -> int:
+    """Tokens that are drafted in a step."""
+    return options.get("speculative_config", {}).get("num_speculative_tokens", 0)
 
 
 def anchors(options: Mapping[str, Any]) -> bool:
@@ -163,16 +168,21 @@ def state_bytes(config: PreTrainedConfig, options: Mapping[str, Any]) -> int:
     from vllm_bamba.state import state_shapes
 
     dtype, state_dtype = dtype_of(options["dtype"]), dtype_of(options["mamba_ssm_cache_dtype"])
-    shapes: tuple[tuple[int, ...], ...] = state_shapes(BambaShape.from_hf(config), 1, 0)
+    shapes: tuple[tuple[int, ...], ...] = state_shapes(BambaShape.from_hf(config), 1, drafts(options))
     dtypes = (dtype, state_dtype)
     if options["additional_config"]["bamba_fused_step"]:
-        form = fused_format(config, dtype, state_dtype, options["additional_config"], anchors(options))
+        form = fused_format(config, dtype, state_dtype, options["additional_config"], anchors(options), drafts(options))
         shapes, dtypes = form.shapes(), form.dtypes()
     return sum(math.prod(sizes) * kind.itemsize for sizes, kind in zip(shapes, dtypes, strict=True))
 
 
 def fused_format(
-    config: PreTrainedConfig, dtype: torch.dtype, state_dtype: torch.dtype, asked: Mapping[str, Any], anchored: bool
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    asked: Mapping[str, Any],
+    anchored: bool,
+    drafts: int = 0,
 ) -> "SlotFormat":
     """Slots of the fused step, as `additional_config` asks for them."""
     from vllm_bamba.config import BambaShape
@@ -181,7 +191,7 @@ def fused_format(
 
     shape, replay = BambaShape.from_hf(config), asked.get("bamba_replay", StepOptions.replay)
     stored = EIGHT_BITS.get(asked.get("bamba_state_dtype", ""), state_dtype)
-    return SlotFormat(mixer_shard(shape, 1), shape.conv_width, dtype, stored, replay, anchored)
+    return SlotFormat(mixer_shard(shape, 1), shape.conv_width, dtype, stored, replay, anchored, drafts)
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,15 @@ def test_engines_are_given_the_cache_that_their_requests_need(variant, block, bl
     assert bench_decode.options_of(args, variant, "folder")["kv_cache_memory_bytes"] == 1.5 * 2**30
 
 
+@pytest.mark.parametrize(("variant", "block", "blocks"), [("vllm_operators", 544, 51), ("fused", 624, 11)])
+def test_drafts_need_states_on_vllms_operators_alone(variant, block, blocks):
+    args = bench_decode.arguments(["--dtype", "bfloat16", "--batches", "128", "8", "--drafts", "4"])
+    options = bench_decode.options_of(args, variant, "folder")
+    assert options["kv_cache_memory_bytes"] == (128 * blocks + 8) * block * 12 * 1024
+    assert options["speculative_config"]["num_speculative_tokens"] == 4
+    assert options["compilation_config"]["cudagraph_capture_sizes"] == [40, 640]
+
+
 @pytest.mark.multiprocess
 def test_an_engine_that_does_not_start_ends_the_run(tmp_path):
     broken = ["--variants", "vllm_operators", "--engine", '{"tensor_parallel_size": 3}']

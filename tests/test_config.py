@@ -1,6 +1,7 @@
 """What the config says is honoured or refused by name; Transformers' own classes are the truth."""
 
 import dataclasses
+import logging
 import math
 import pathlib
 from types import SimpleNamespace
@@ -414,6 +415,24 @@ def test_drafts_that_the_fused_step_cannot_take_back_are_refused(
             check_step(config, shape)
 
 
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+def test_drafts_in_graphs_of_model_runner_v1_are_refused(
+    eager: bool, v2: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes prompts of as many tokens for decodes, in graphs whose slots were not brought up to date."""
+    monkeypatch.setattr(type(compat.current_platform), "is_cuda", lambda self: True)
+    config = engine(drafts=3)
+    config.additional_config = {"bamba_fused_step": True}
+    config.model_config.enforce_eager, config.use_v2_model_runner = eager, v2
+    shape = BambaShape.from_hf(config.model_config.hf_config)
+    if eager or v2:
+        check_step(config, shape)
+    else:
+        with pytest.raises(ValueError, match=r"Model Runner V1 .* \(--enforce-eager\)"):
+            check_step(config, shape)
+
+
 @pytest.mark.parametrize(
     ("why", "capability", "changes"),
     [
@@ -458,11 +477,22 @@ def test_the_fused_step_is_the_default_where_it_was_shown(
     ids=str,
 )
 def test_states_are_in_int8_where_the_fused_step_is_the_default_and_nobody_chose(
-    expected: torch.dtype | None, given: dict[str, object], changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    expected: torch.dtype | None,
+    given: dict[str, object],
+    changes: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     platform = type(compat.current_platform)
     monkeypatch.setattr(platform, "is_cuda", lambda self: True)
     monkeypatch.setattr(platform, "is_device_capability", classmethod(lambda cls, asked: True))
+    monkeypatch.setattr(platform, "has_device_capability", classmethod(lambda cls, asked: True))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     config = engine(**changes)
     config.additional_config = given
-    assert StepOptions.of(config, BambaShape.from_hf(config.model_config.hf_config)).eight_bits is expected
+    shape = BambaShape.from_hf(config.model_config.hf_config)
+    assert StepOptions.of(config, shape).eight_bits is expected
+    chosen = expected is not None and "bamba_state_dtype" not in given
+    with caplog.at_level("INFO", "vllm.vllm_bamba"):
+        check_step(config, shape)
+    assert ("int8" in caplog.text) is chosen, "what nobody chose is said"

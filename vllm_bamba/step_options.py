@@ -12,14 +12,16 @@ Options of the engine, in vLLM's `additional_config`:
 The step is on by default on the GPUs that its tests and its tables are from, compute capability 9.0, with bf16
 activations, unless the checkpoint is quantised, tokens are drafted or blocks go to other engines. Elsewhere it can be
 asked for. Drafted tokens of speculative decoding cost it no states, but it takes them back without prefix caching only,
-and from a ring of more than twice as many.
+from a ring of more than twice as many, and with Model Runner V2 (or without CUDA graphs).
 
 Where the step is on by default, states are in int8, the fastest precision that predicts as fp32 does
-(benchmarks/bench_accuracy.py); elsewhere, or if it is given, `--mamba-ssm-cache-dtype` decides.
+(benchmarks/bench_accuracy.py), unless `--mamba-ssm-cache-dtype` or `--mamba-cache-dtype` is given. Elsewhere these
+decide.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from vllm_bamba.config import BambaShape
 
 REPLAYS = (0, 8, 16, 32)
+logger = logging.getLogger("vllm.vllm_bamba")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class StepOptions:
         Raises:
             ValueError: an option has a value that makes no sense.
         """
-        given: dict[str, Any] = vllm_config.additional_config if isinstance(vllm_config.additional_config, dict) else {}
+        given = _given(vllm_config)
         fused, replay = given.get("bamba_fused_step"), given.get("bamba_replay", cls.replay)
         dtype, graphs = given.get("bamba_state_dtype"), given.get("bamba_prefill_graphs", cls.prefill_graphs)
         best = replay in REPLAYS and _is_best(vllm_config, shape, replay)
@@ -77,6 +80,10 @@ class StepOptions:
         if dtype is None and fused and best and _leaves_precision_open(vllm_config.cache_config):
             dtype = "int8"
         return cls(fused, replay, EIGHT_BITS[dtype] if dtype else None, graphs)
+
+
+def _given(vllm_config: VllmConfig) -> dict[str, Any]:
+    return vllm_config.additional_config if isinstance(vllm_config.additional_config, dict) else {}
 
 
 def _leaves_precision_open(cache: CacheConfig) -> bool:
@@ -107,7 +114,9 @@ def check_step(vllm_config: VllmConfig, shape: BambaShape) -> None:
         )
     obstacle = _obstacle(vllm_config, shape, options.replay, options.eight_bits)
     if options.fused and obstacle:
-        raise ValueError(f"additional_config: bamba_fused_step cannot be used here: {obstacle}. Leave it out.")
+        raise ValueError(f"additional_config: bamba_fused_step cannot be used here: {obstacle}. Or leave it out.")
+    if options.eight_bits and "bamba_state_dtype" not in _given(vllm_config):
+        logger.info("SSM states are kept in int8; --mamba-ssm-cache-dtype says otherwise.")
 
 
 def _obstacle(
@@ -132,6 +141,12 @@ def _obstacle(
         ),
         f"{drafts} drafted tokens do not fit bamba_replay {replay} ({' and '.join(fitting) or 'none'} would do)": (
             drafts > 0 and replay <= 2 * drafts
+        ),
+        "Model Runner V1 takes short prompts for drafted tokens in its CUDA graphs (--enforce-eager)": (
+            drafts > 0
+            and current_platform.is_cuda()
+            and not vllm_config.use_v2_model_runner
+            and not vllm_config.model_config.enforce_eager
         ),
         "there is no NVIDIA GPU": not current_platform.is_cuda() and os.environ.get("TRITON_INTERPRET") != "1",
     }

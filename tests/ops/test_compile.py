@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from vllm_bamba.ops.mixer_step.tuning import DEFAULT_WARPS, PREPARE, PREPARE_AND_FOLD, WARPS
+from vllm_bamba.ops.mixer_step.tuning import DEFAULT_WARPS, PREPARE, PREPARE_AND_FOLD, PREPARE_DRAFTS, WARPS
 from vllm_bamba.ops.skinny_linear.tuning import H100, H200
 
 SHAPE = {"HEADS": 128, "HEAD_DIM": 64, "GROUPS": 1, "STATE": 128, "WIDTH": 4, "DRAFTS": 0, "BIAS": True}
@@ -42,8 +42,8 @@ STEP += [
 ]
 STEP += [{"kernel": "replay", "state": "i8", "REPLAY": 16, "STATE": 16, "INTEGERS": False}]
 STEP += [
-    {"kernel": kernel, "state": state, "REPLAY": 16, "DRAFTS": drafts}
-    for drafts in (1, 4)
+    {"kernel": kernel, "state": state, "REPLAY": replay, "DRAFTS": drafts}
+    for replay, drafts in ((16, 1), (16, 4), (32, 8))
     for kernel in ("prepare", "replay")
     for state in ("bf16", "i8")
 ]
@@ -58,6 +58,7 @@ OTHERS = [
     for kernel in ("prepare", "read", "write", "move")
     for state in ("bf16", "i8", "fp8e4nv")
 ]
+OTHERS += [{"kernel": "prepare", "state": state, "REPLAY": 32} for state in ("bf16", "i8")]
 OTHERS += [{"kernel": "prepare", "state": state, "REPLAY": 16, "FOLD": False} for state in ("bf16", "i8")]
 PRODUCTS = [
     {"kernel": "linear", "state": "bf16", "warps": o.num_warps, "SUMS": width, "GATED": gated, "ADDED": added}
@@ -129,6 +130,7 @@ def compile_one(case: dict[str, Any]) -> str:
     }
     kernel = kernels[case["kernel"]]
     prepare = PREPARE_AND_FOLD if case.get("FOLD", True) else PREPARE
+    prepare = PREPARE_DRAFTS if case.get("DRAFTS") else prepare
     warps = {"gate": 8, "add_rms_norm": 8, "prepare": prepare.num_warps}.get(
         case["kernel"], case.get("warps", DEFAULT_WARPS)
     )

@@ -6,7 +6,7 @@ import torch
 import triton
 
 from vllm_bamba.ops.mixer_step.kernels import INTEGER_PARTS, prepare_kernel, replay_kernel, step_kernel
-from vllm_bamba.ops.mixer_step.tuning import PREPARE, PREPARE_AND_FOLD, multiplies_integers, starts_early, warps_for
+from vllm_bamba.ops.mixer_step.tuning import multiplies_integers, prepare_for, starts_early, warps_for
 from vllm_bamba.state import DecodePlan, FusedSlots, slot_strides
 
 
@@ -105,7 +105,7 @@ def mixer_step(
     c_parts = projected.new_empty(tokens, of_token, dtype=torch.int8) if integers else None
     if drafts:
         out.zero_()  # a graph has tokens that no sequence of its batch may own
-    prepare = PREPARE_AND_FOLD if fold else PREPARE
+    prepare = prepare_for(slots)
     of_group, folded = heads // groups, min(prepare.folded, head_dim)
     some_heads = min(prepare.heads, triton.next_power_of_2(of_group))
     period = constants["REPLAY"] - 2 * drafts

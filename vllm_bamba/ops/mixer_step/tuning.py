@@ -27,10 +27,11 @@ class Prepare:
 
 PREPARE = Prepare(heads=64, folded=32, num_warps=8)  # of anchored slots, which fold elsewhere
 PREPARE_AND_FOLD = Prepare(heads=32, folded=32, num_warps=2)
+PREPARE_DRAFTS = Prepare(heads=32, folded=32, num_warps=4)  # two would spill with rings of 32
 DEFAULT_WARPS = 4
 
 # (compute capability, bytes of a number in a checkpoint), for slots with rings, activations in bf16 and heads of
-# 64 x 128, as released; benchmarks/tune_mixer_step.py. With drafts one warp would spill
+# 64 x 128, as released; benchmarks/tune_mixer_step.py
 WARPS: dict[tuple[tuple[int, int], int], int] = {((9, 0), 2): 4, ((9, 0), 1): 1}
 
 
@@ -39,9 +40,16 @@ def warps_for(slots: FusedSlots, activations: torch.dtype) -> int:
     ssm = slots.ssm
     if not ssm.is_cuda or slots.ring_dt is None or activations != torch.bfloat16 or ssm.shape[2:] != (64, 128):
         return DEFAULT_WARPS
-    if slots.drafts:
+    if slots.drafts:  # one warp would spill
         return DEFAULT_WARPS
     return WARPS.get((torch.cuda.get_device_capability(ssm.device), ssm.dtype.itemsize), DEFAULT_WARPS)
+
+
+def prepare_for(slots: FusedSlots) -> Prepare:
+    """How the kernel in front works on these slots."""
+    if slots.drafts:
+        return PREPARE_DRAFTS
+    return PREPARE_AND_FOLD if slots.anchor is None else PREPARE
 
 
 def starts_early(device: torch.device) -> bool:

@@ -397,7 +397,7 @@ def test_kernels_of_a_step_are_what_a_longer_profile_has_more(tmp_path, capsys):
     args = bench_decode.arguments(argv)
     what = {"model": "bamba-9b", "weights": "random", "dtype": "bfloat16"}
     results = rows.Results.of("bench_decode", args, argv, output_tokens=32, **what)
-    case = bench_decode.Case("mixed", 8, {"fused": 3e8}, timing.Limits(bytes_per_second=4e12, flops=1e12))
+    case = bench_decode.Case("mixed", 8, 0, {"fused": 3e8}, timing.Limits(bytes_per_second=4e12, flops=1e12))
     bench_decode.report_kernels(args, results, Engine(), case, itertools.repeat([[1]]))
     (row,) = read(tmp_path, "bench_decode")
     assert (row["metric"], row["case"], row["batch"]) == ("decode_step_kernels", "decode step, mixed lengths", "8")

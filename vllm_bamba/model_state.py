@@ -54,9 +54,8 @@ class BambaModelState(MambaHybridModelState):
         ways = {mixer.prefix: mixer.mixing for mixer in model.modules() if isinstance(mixer, BambaMixer)}
         self.anchored = {name: way for name, way in ways.items() if isinstance(way, FusedMixing) and way.form.anchored}
         self.slots: LayerSlots | None = None
-        self._blocks: np.ndarray | None = (
-            None  # of each request, the same in all groups of Mamba layers; without drafts
-        )
+        # how many each request has, the same in all groups of Mamba layers; None with drafts
+        self._blocks: np.ndarray | None = None
         self._real: Any = None  # the batch that `preprocess_state` was called with
         self._decodes: tuple[Any, ...] = ()  # the last batch, if it was of decodes in a CUDA graph
         self._described: dict[str, Any] = {}  # what it was to each layer

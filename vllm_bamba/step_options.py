@@ -61,7 +61,7 @@ class StepOptions:
         given = _given(vllm_config)
         fused, replay = given.get("bamba_fused_step"), given.get("bamba_replay", cls.replay)
         dtype, graphs = given.get("bamba_state_dtype"), given.get("bamba_prefill_graphs", cls.prefill_graphs)
-        best = replay in REPLAYS and _is_best(vllm_config, shape, replay)
+        best = _is_best(vllm_config, shape)
         if fused is None:
             fused = best
         if not isinstance(fused, bool):
@@ -91,7 +91,7 @@ def _leaves_precision_open(cache: CacheConfig) -> bool:
     return cache.mamba_ssm_cache_dtype == "auto" and cache.mamba_cache_dtype == "auto"
 
 
-def _is_best(vllm_config: VllmConfig, shape: BambaShape, replay: int) -> bool:
+def _is_best(vllm_config: VllmConfig, shape: BambaShape) -> bool:
     """Whether the fused step can serve, and was shown to be right and fast here."""
     return (
         current_platform.is_cuda()
@@ -100,7 +100,7 @@ def _is_best(vllm_config: VllmConfig, shape: BambaShape, replay: int) -> bool:
         and vllm_config.model_config.quantization is None
         and vllm_config.speculative_config is None
         and not moves_blocks(vllm_config)
-        and _obstacle(vllm_config, shape, replay) is None
+        and _obstacle(vllm_config, shape) is None
     )
 
 
@@ -120,9 +120,12 @@ def check_step(vllm_config: VllmConfig, shape: BambaShape) -> None:
 
 
 def _obstacle(
-    vllm_config: VllmConfig, shape: BambaShape, replay: int, eight_bits: torch.dtype | None = None
+    vllm_config: VllmConfig,
+    shape: BambaShape,
+    replay: int = StepOptions.replay,
+    eight_bits: torch.dtype | None = None,
 ) -> str | None:
-    """What the fused step cannot do."""
+    """What the fused step cannot do; only with drafts does `replay` matter."""
     drafts = vllm_config.num_speculative_tokens
     fitting = [str(tokens) for tokens in REPLAYS if tokens > 2 * drafts]
     sizes = {"mamba_d_head": shape.mamba_head_dim, "mamba_d_state": shape.mamba_state}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment and runs the tests; arguments go to pytest.
+# Makes the environment and runs the tests, without arguments in two processes; arguments go to pytest.
 #
 #     bash tests/run.sh [-k NAME] [--require-gpu] ...
 set -euo pipefail
@@ -9,5 +9,11 @@ bash tests/environment.sh test
 
 # tests read nothing from the network and report nothing to it
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
+
+# all tests without a GPU: most of their time is one thread's, in Triton's interpreter
+if [ $# -eq 0 ] && [[ "$(nvidia-smi -L 2>/dev/null)" != GPU* ]]; then
+    export OMP_NUM_THREADS=1
+    set -- --numprocesses 2 --dist worksteal
+fi
 
 exec .venv/bin/python -m pytest "$@"

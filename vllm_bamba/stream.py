@@ -131,14 +131,18 @@ def _divided_linear(
     normed: torch.Tensor, squares: torch.Tensor, weight: torch.Tensor, eps: float, gated: bool
 ) -> torch.Tensor:
     from vllm_bamba.ops.skinny_linear import divided_linear, warm_up_divided  # these need Triton
-    from vllm_bamba.ops.skinny_linear.tuning import tuning_of
+    from vllm_bamba.ops.skinny_linear.tuning import first_for, tuning_of
 
     if tuning := tuning_of(weight.device):
         launches = tuning.gated if gated else tuning.launches(*weight.shape)
+        whole = tuning.gated_whole if gated else ()
         if _is_first("divided", weight.shape, squares.shape[1], gated):
             warm_up_divided(weight, squares.shape[1], launches, gated)
+            warm_up_divided(weight, 0, whole, gated)
         if 0 < len(normed) <= tuning.rows:
             return divided_linear(normed, Division(squares, normed.shape[1], eps), weight, launches, gated)
+        if len(normed) and first_for(whole, *normed.shape):
+            return divided_linear(normed, None, weight, whole, gated)
     y = F.linear(normed, weight)
     return silu_and_mul(y) if gated else y
 

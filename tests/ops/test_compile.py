@@ -73,6 +73,7 @@ PRODUCTS = [
         (tuning.many, 0, False, False),
         (tuning.many, 128, False, False),
         (tuning.gated, 128, True, False),
+        (tuning.gated_whole, 0, True, False),
     )
     for o in launches
 ]

@@ -170,9 +170,9 @@ def test_the_embedded_checkpoint_in_bfloat16_with_states_in_8_bits(dtype, tiny):
 
 @pytest.fixture
 def skinny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products, and the stream, as where there are launches for a GPU; 16 rows are few."""
+    """Products, and the stream, as where there are launches for a GPU; 16 rows are few, 32 one kernel with a gate."""
     launches = (Launch(8, 32, 32, 2, 2), Launch(16, 64, 32, 3, 4, described=True))
-    made = Tuning(launches, launches, launches)
+    made = Tuning(launches, launches, launches, gated_whole=(Launch(32, 32, 32, 2, 4, described=True),))
 
     def use(model: nn.Module, vllm_config: object) -> None:
         for layer in model.modules():
@@ -200,7 +200,8 @@ def test_norms_and_additions_in_products_equal_transformers(skinny, tmp_path, mo
         for lengths in ([16], [17], [1, 1]):
             answers += engine.answers(random_prompts(lengths, seed=4), 3)
     assert kinds == [stream.SkinnyStream]
-    assert rows["divided_linear"] == rows["added_linear"] == {1, 2, 3, 8, 16}
+    assert rows["added_linear"] == {1, 2, 3, 8, 16}
+    assert rows["divided_linear"] == {1, 2, 3, 8, 16, 17, 32}
     check_low_precision(answers, Reference(path), Reference(path, torch.bfloat16))
 
 

@@ -59,13 +59,13 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, launches: Sequence[Laun
 
 
 def divided_linear(
-    x: torch.Tensor, division: Division, weight: torch.Tensor, launches: Sequence[Launch], gated: bool = False
+    x: torch.Tensor, division: Division | None, weight: torch.Tensor, launches: Sequence[Launch], gated: bool = False
 ) -> torch.Tensor:
     """A linear map of what is still to be divided, by an RMS norm.
 
     Args:
         x: bf16 [rows, K], what is normalised times the norm's weights; its rows may be parts of longer ones.
-        division: by what each row is divided.
+        division: by what each row is divided; None where that is done.
         weight: bf16 [N, K], contiguous; gated, it is [2N, K].
         launches: from which to choose, in ascending order of rows.
         gated: have silu(first half) * second half of the map.
@@ -176,11 +176,11 @@ def warm_up(weight: torch.Tensor) -> None:
 
 
 def warm_up_divided(weight: torch.Tensor, columns: int, launches: Sequence[Launch], gated: bool) -> None:
-    """The same of `divided_linear`, with so many columns of fp32 sums."""
+    """The same of `divided_linear`, with so many columns of fp32 sums, or none."""
     for launch in launches:
         x = weight.new_zeros(launch.rows, weight.shape[1])
         sums = x.new_ones(launch.rows, columns, dtype=torch.float32)
-        divided_linear(x, Division(sums, 1, 0.0), weight, [launch], gated)
+        divided_linear(x, Division(sums, 1, 0.0) if columns else None, weight, [launch], gated)
 
 
 def warm_up_added(weight: torch.Tensor, columns: int, launches: Sequence[Launch]) -> None:

@@ -32,11 +32,19 @@ class Launch:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Launches by the number of rows, in ascending order, for outputs of few columns, of many, and gated ones."""
+    """Launches by the number of rows, in ascending order.
+
+    Attributes:
+        few: for outputs of few columns.
+        many: for outputs of many.
+        gated: for gated ones.
+        gated_whole: for gated ones of more rows than the others serve, which nothing is left to be divided of.
+    """
 
     few: tuple[Launch, ...]
     many: tuple[Launch, ...]
     gated: tuple[Launch, ...]
+    gated_whole: tuple[Launch, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -69,6 +77,7 @@ H200 = Tuning(
         Launch(64, 128, 128, 4, 4, described=True),
     ),
     gated=GATED,
+    gated_whole=(Launch(128, 128, 64, 4, 8, described=True),),
 )
 H100 = Tuning(
     few=(

@@ -4,7 +4,7 @@
     python benchmarks/plot.py benchmarks/results/nvidia-h200.csv
 
 Backgrounds are transparent and every colour stands out from white and from a dark page alike. Of a measurement that was
-repeated on another day the latest run is drawn.
+repeated on another day the latest run is drawn, also if states had another precision by default then.
 """
 
 import argparse
@@ -73,6 +73,7 @@ def load(file: pathlib.Path) -> pd.DataFrame:
         raise SystemExit(f"{file} does not have the columns of a result file")
     what = rows[WHAT].astype(str)
     what.loc[rows.benchmark == "bench_decode", "output_tokens"] = ""  # by how many tokens a step was measured
+    what.loc[rows.benchmark.isin(["bench_transformers", "bench_serving"]), "state_dtype"] = ""  # the default's
     return rows[~what.duplicated(keep="last")]
 
 
@@ -115,12 +116,17 @@ def throughput(axes: Axes, rows: pd.DataFrame) -> bool:
 
 
 def speed_up(axes: Axes, rows: pd.DataFrame) -> bool:
-    """Every speed-up over others that was recorded, as a bar from 1 with its spread."""
+    """Every speed-up over others that was recorded, as a bar from 1 with its spread, likes beside each other."""
     among_ours = rows.metric == "speed_up_over_fused"
     rows = rows[rows.metric.str.startswith("speed_up_over_") & ~among_ours].copy()
     if rows.empty:
         return False
     rows["other"] = rows.metric.str.removeprefix("speed_up_over_")
+    sizes = ("prompt_tokens", "batch")
+    rows = rows.sort_values(
+        ["other", "variant", "case", *sizes],
+        key=lambda column: pd.to_numeric(column, errors="coerce") if column.name in sizes else column,
+    )
     labels = rows.apply(_speed_up_label, axis=1)
     low, high = (pd.to_numeric(rows[c], errors="coerce").fillna(rows.value) for c in ("low", "high"))
     axes.barh(labels, rows.value - 1, left=1, color=rows.other.map(lambda other: COLOURS.get(other, TEXT)))

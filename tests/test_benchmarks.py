@@ -309,13 +309,11 @@ def test_startup_stages_add_up():
         list(startup.stages(result, start * 3, 1, 10.0))
 
 
-def test_plots_are_drawn_from_the_rows_alone(results, monkeypatch):
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("pandas")
+def test_plots_are_drawn_from_the_rows_alone(tmp_path):
     import plot
 
-    file = rows.results_file(results)
-    assert file.is_file(), "run the whole file: the plots are drawn from the rows of the tests above"
+    file = tmp_path / "amd-epyc-cpu-2-cores.csv"
+    shutil.copy(rows.FOLDER / file.name, file)
     drawn = {png.stem.removeprefix(f"{file.stem}-") for png in plot.main([str(file)])}
     assert {"throughput", "prefill", "speed_up", "ttft_shared_prefix"} <= drawn
     assert "startup" not in drawn

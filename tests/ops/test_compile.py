@@ -114,6 +114,7 @@ def compile_one(case: dict[str, Any]) -> str:
 
     from vllm_bamba.ops.add_rms_norm.kernels import add_rms_norm_kernel
     from vllm_bamba.ops.gated_norm.kernels import gate_kernel
+    from vllm_bamba.ops.mixer_step import fold_turns
     from vllm_bamba.ops.mixer_step.kernels import prepare_kernel, replay_kernel, step_kernel
     from vllm_bamba.ops.skinny_linear.kernels import linear_kernel
     from vllm_bamba.ops.slot_state.kernels import move_kernel, read_kernel, write_kernel
@@ -140,6 +141,8 @@ def compile_one(case: dict[str, Any]) -> str:
     constants |= {"INTEGERS": case["state"] == "i8"}
     constants |= {"BLOCK_HEADS": prepare.heads, "FOLD_DIM": prepare.folded}
     constants |= {name: value for name, value in case.items() if name.isupper()}
+    if constants.get("REPLAY"):
+        constants |= fold_turns(constants["HEADS"], constants["REPLAY"], constants["DRAFTS"])
     signature, fixed, hints = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:

@@ -33,6 +33,17 @@ def sum_columns(heads: int) -> int:
     return 2 * heads
 
 
+def fold_turns(heads: int, replay: int, drafts: int) -> dict[str, int]:
+    """Whose rings are folded when, as kernels are told.
+
+    Returns:
+        PERIOD, the tokens between two folds of a head; FOLDED, the heads, at most, that fold in front of one token;
+        PLACES, the tokens of a step in front of which heads fold, but for those where the same ones would again.
+    """
+    period = replay - 2 * drafts
+    return {"PERIOD": period, "FOLDED": -(-heads // period), "PLACES": min(1 + drafts, period)}
+
+
 def mixer_step(
     projected: torch.Tensor,
     weights: StepWeights,
@@ -108,19 +119,19 @@ def mixer_step(
     prepare = prepare_for(slots)
     of_group, folded = heads // groups, min(prepare.folded, head_dim)
     some_heads = min(prepare.heads, triton.next_power_of_2(of_group))
-    period = constants["REPLAY"] - 2 * drafts
-    folds = -(-heads // period) * min(1 + drafts, period) * (head_dim // folded) if fold else 0
+    turns = fold_turns(heads, constants["REPLAY"], drafts)
+    folds = turns["FOLDED"] * turns["PLACES"] * (head_dim // folded) if fold else 0
     programs = folds + groups * -(-of_group // some_heads)  # as the kernel counts them
     prepare_kernel[programs, rows](
         projected, convolved, factors, c_parts, *parameters, plan.slots, plan.lengths, plan.query_start_loc,
         *slots.of_step, projected.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step), *dt_limit,
-        **constants, FOLD=fold, BIAS=bias, EARLY=early, INTEGERS=integers,
+        **constants, FOLD=fold, BIAS=bias, EARLY=early, INTEGERS=integers, **turns,
         BLOCK_HEADS=some_heads, FOLD_DIM=folded, num_warps=prepare.num_warps,
     )  # fmt: skip
     replay_kernel[heads, rows](
         projected, convolved, factors, c_parts, out, weights.taps, weights.conv_bias, weights.norm,
         plan.slots, plan.lengths, plan.query_start_loc, *slots.of_step,
         projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step),
-        **constants, FOLD=fold, BIAS=bias, GATED=gated, EARLY=early, INTEGERS=integers, num_warps=num_warps,
-        **({"launch_pdl": True} if early else {}),
+        **constants, FOLD=fold, BIAS=bias, GATED=gated, EARLY=early, INTEGERS=integers, PERIOD=turns["PERIOD"],
+        num_warps=num_warps, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip

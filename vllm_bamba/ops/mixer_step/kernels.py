@@ -343,9 +343,8 @@ def step_kernel(
 
 
 @triton.jit
-def is_folded(head, position, tokens, REPLAY: tl.constexpr, FOLD: tl.constexpr, DRAFTS: tl.constexpr):
+def is_folded(head, position, tokens, PERIOD: tl.constexpr, FOLD: tl.constexpr, DRAFTS: tl.constexpr):
     """Whether a head's ring is folded in front of `tokens` from this position on: for one in a PERIOD, or never."""
-    PERIOD: tl.constexpr = REPLAY - 2 * DRAFTS
     if DRAFTS > 0:
         return ((PERIOD - (head + position) % PERIOD) % PERIOD < tokens) & FOLD
     return ((head + position) % PERIOD == 0) & FOLD
@@ -395,11 +394,12 @@ def prepare_kernel(
     dt_low, dt_high,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr, WIDTH: tl.constexpr,
     REPLAY: tl.constexpr, DRAFTS: tl.constexpr, FOLD: tl.constexpr, BIAS: tl.constexpr, QUANTISED: tl.constexpr,
-    EARLY: tl.constexpr, INTEGERS: tl.constexpr, BLOCK_HEADS: tl.constexpr, FOLD_DIM: tl.constexpr,
+    EARLY: tl.constexpr, INTEGERS: tl.constexpr, PERIOD: tl.constexpr, FOLDED: tl.constexpr, PLACES: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, FOLD_DIM: tl.constexpr,
 ):  # fmt: skip
     """What a replayed step needs beside states. A row has programs of two kinds, which need not wait for each other:
 
-    - with FOLD, one for each FOLD_DIM channels of a head whose ring is full: fold it;
+    - with FOLD, one for each FOLD_DIM channels of a head whose ring is full, as `fold_turns` says: fold it;
     - one for each BLOCK_HEADS heads of a group: convolve B and C, and find the heads' factors.
 
     Rings stay as they are: the step itself empties the folded ones and adds the new tokens.
@@ -415,9 +415,6 @@ def prepare_kernel(
     inner: tl.constexpr = HEADS * HEAD_DIM
     bc: tl.constexpr = GROUPS * STATE
     channels: tl.constexpr = inner + 2 * bc
-    PERIOD: tl.constexpr = REPLAY - 2 * DRAFTS
-    FOLDED: tl.constexpr = (HEADS + PERIOD - 1) // PERIOD  # heads in front of one token
-    PLACES: tl.constexpr = DRAFTS + 1 if PERIOD > DRAFTS else PERIOD  # tokens, but for those whose heads are the same
     FOLDS: tl.constexpr = FOLDED * PLACES * (HEAD_DIM // FOLD_DIM) if FOLD else 0
     HEAD_BLOCKS: tl.constexpr = (HEADS // GROUPS + BLOCK_HEADS - 1) // BLOCK_HEADS  # of a group
     first, tokens = tokens_of(query_start_loc, row, DRAFTS)
@@ -469,7 +466,7 @@ def prepare_kernel(
         head = group * (HEADS // GROUPS) + in_group
         a, bias = tl.load(a_ptr + head, mask=some, other=0), tl.load(dt_bias + head, mask=some, other=0)
         dt = time_step(tl.load(xbc + channels + head, mask=some, other=0), bias, dt_low, dt_high)
-        unfolded = some & ~is_folded(head, position, tokens, REPLAY, FOLD, DRAFTS)
+        unfolded = some & ~is_folded(head, position, tokens, PERIOD, FOLD, DRAFTS)
         entries = head[:, None] * REPLAY + index[None, :]
         times = tl.load(ring_dt + entries, mask=unfolded[:, None] & is_old[None, :], other=0)  # [heads, REPLAY]
         since = tl.cumsum(times, 1, reverse=True) - times + dt[:, None]
@@ -512,7 +509,7 @@ def replay_kernel(
     conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr, WIDTH: tl.constexpr,
     REPLAY: tl.constexpr, DRAFTS: tl.constexpr, FOLD: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
-    QUANTISED: tl.constexpr, EARLY: tl.constexpr, INTEGERS: tl.constexpr,
+    QUANTISED: tl.constexpr, EARLY: tl.constexpr, INTEGERS: tl.constexpr, PERIOD: tl.constexpr,
 ):  # fmt: skip
     """The step behind `prepare_kernel`: reads a checkpoint and its ring, adds the tokens to the ring.
 
@@ -534,7 +531,7 @@ def replay_kernel(
         if DRAFTS == 0:  # else `out` is zero already
             store_padding(out, rows, inner + 2 * head, GATED)
         return
-    folded = is_folded(head, position, tokens, REPLAY, FOLD, DRAFTS)
+    folded = is_folded(head, position, tokens, PERIOD, FOLD, DRAFTS)
     if EARLY and FOLD:  # noqa: SIM102  the compiler decides this one, each program the next
         if folded:
             tl.extra.cuda.gdc_wait()

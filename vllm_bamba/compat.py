@@ -64,6 +64,8 @@ operator `vllm::mamba_mixer2`
     Adapters of `in_proj` where B and C are copied to several ranks. Goes when vLLM asks layers for their wrapper.
 `scheduler_cls`, `Scheduler._mamba_block_aligned_split`
     Where prefills stop, and whom the scheduler asks. Goes when vLLM has a public hook.
+the same, and `Scheduler.need_mamba_block_aligned_split`
+    vLLM pads a prompt of one token with placeholders of drafts, and they stay in its state: see below.
 the same, and `MambaManager.cache_blocks`
     vLLM publishes a wrong state where prompts part: see below.
 `MambaSpec.state_content_size_bytes`
@@ -93,8 +95,11 @@ its coordinator's `group_block_sizes`, `KVCacheBlocks.get_block_ids`, `Request.n
 `CacheConfig.mamba_block_size`
     Model Runner V2 counts states by it, and `model_state.py` with it. Goes when it asks the specification.
 
-Two of these work round bugs of vLLM's prefix caching, which serve wrong tokens:
+Three of these work round bugs of vLLM's, which serve wrong tokens:
 
+- *Placeholders in a state.* With drafted tokens, `Scheduler.schedule` pads a new request of one token to those of a
+  decode where others decode. It has no state yet and so is a prefill, whose state then has seen the placeholders. It
+  can go when `test_fused.py::test_a_prompt_of_one_token_that_comes_while_others_draft` passes with vLLM's scheduler.
 - *Wrong state published where prompts part.* With a match unit, `Scheduler._mamba_block_aligned_split` counts the
   stop in blocks from the chunk's start, not from the text's, and `MambaManager` then gives the state of another
   position that position's key. Ours stops exactly there and keys nothing but the state on which a step ends. It can go

@@ -6,7 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_bamba.prefix.options import SCHEDULER, SlotOptions, active, configure, shared_tokens, system_tokens
+from vllm_bamba.prefix import options
+from vllm_bamba.prefix.options import (
+    DRAFTING,
+    SCHEDULER,
+    UNITS,
+    SlotOptions,
+    active,
+    configure,
+    shared_tokens,
+    system_tokens,
+)
 from vllm_bamba.step_options import anchors_slots
 
 
@@ -80,10 +90,11 @@ def test_a_model_without_attention_is_left_to_vllm(caplog: pytest.LogCaptureFixt
     assert "no attention layer" in caplog.text
 
 
-def test_the_unit_can_be_chosen() -> None:
-    made = config(cache_config__prefix_match_unit=48)
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_unit_can_be_chosen(unit: int) -> None:
+    made = config(cache_config__prefix_match_unit=unit)
     configure(made)
-    assert made.cache_config.prefix_match_unit == 24
+    assert made.cache_config.prefix_match_unit == unit // 2
 
 
 def test_a_mistyped_option_is_named_with_those_there_are() -> None:
@@ -127,7 +138,9 @@ def test_a_match_unit_without_slots_is_refused() -> None:
     ("changes", "scheduler"),
     [
         ({}, SCHEDULER),
-        ({"speculative_config": object()}, None),
+        ({"speculative_config": object()}, DRAFTING),
+        ({"speculative_config": object(), "additional_config": {"bamba_prefix_slots": False}}, DRAFTING),
+        ({"speculative_config": object(), "scheduler_config__scheduler_cls": "some.Scheduler"}, "some.Scheduler"),
         ({"additional_config": {"bamba_prefix_slots": False}}, None),
     ],
 )
@@ -150,23 +163,36 @@ def test_no_caching_and_short_contexts_are_said_once(caplog: pytest.LogCaptureFi
     ]
 
 
-@pytest.mark.parametrize("options", [{"bamba_prefix_slots": 1}, {"bamba_prefix_share": 0}, {"bamba_prefix_share": 1.5}])
-def test_a_senseless_option_is_refused(options: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
-        SlotOptions.of(config(additional_config=options))
+@pytest.mark.parametrize("given", [{"bamba_prefix_slots": 1}, {"bamba_prefix_share": 0}, {"bamba_prefix_share": 1.5}])
+def test_a_senseless_option_is_refused(given: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(given))):
+        SlotOptions.of(config(additional_config=given))
 
 
-@pytest.mark.parametrize("unit", [11, 2])
-def test_a_unit_that_is_odd_or_shorter_than_a_convolution_is_refused(unit: int) -> None:
-    with pytest.raises(ValueError, match="even number of tokens, 4 or more"):
+@pytest.mark.parametrize("unit", [2, 11, 24, 48])
+def test_a_unit_that_does_not_divide_blocks_or_is_shorter_than_a_convolution_is_refused(unit: int) -> None:
+    with pytest.raises(ValueError, match=rf"--prefix-match-unit {unit}: expected one of \(8, 16, 32\)"):
         configure(config(cache_config__prefix_match_unit=unit))
 
 
-@pytest.mark.parametrize("value", [None, -1, 0, "100", 1.5])
-def test_a_shared_length_that_is_none_is_ignored(value: object) -> None:
-    assert shared_tokens(SimpleNamespace(extra_args={"bamba_shared_tokens": value})) == 0
-    assert shared_tokens(SimpleNamespace(extra_args=None)) == 0
-    assert shared_tokens(SimpleNamespace(extra_args={"bamba_shared_tokens": 100})) == 100
+@pytest.mark.parametrize("value", [None, -1, "100", 1.5, float("nan"), True])
+def test_a_shared_length_that_is_none_is_ignored_and_that_is_said_once(
+    value: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    options._say_ignored.cache_clear()
+    for _ in range(2):
+        assert shared_tokens(SimpleNamespace(extra_args={"bamba_shared_tokens": value})) == 0
+    assert [record.message for record in caplog.records] == [
+        "bamba_shared_tokens of a request is not a number of tokens and is ignored; this is said once."
+    ]
+
+
+def test_a_shared_length_may_have_become_a_float_and_may_be_absent(caplog: pytest.LogCaptureFixture) -> None:
+    for value, tokens in ((100, 100), (100.0, 100), (0, 0)):
+        assert shared_tokens(SimpleNamespace(extra_args={"bamba_shared_tokens": value})) == tokens
+    for given in ({"other": 3}, None):
+        assert shared_tokens(SimpleNamespace(extra_args=given)) == 0
+    assert not caplog.records
 
 
 def test_what_a_request_says_comes_before_its_system_messages() -> None:

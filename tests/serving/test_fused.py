@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from parity import Engine, Reference, assert_same, check_low_precision, greedy, random_prompts, save_random
+from parity import Engine, Reference, _answer, assert_same, check_low_precision, greedy, random_prompts, save_random
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from vllm.model_executor.layers.linear import LinearBase
@@ -120,6 +120,28 @@ def test_drafted_tokens_change_no_answer_and_cost_no_states(tmp_path, ngrams):
     reference = Reference(path)
     for answer in answers:
         reference.check(answer)
+
+
+def test_a_prompt_of_one_token_that_comes_while_others_draft(tmp_path, ngrams):
+    """It gets no placeholders of drafts, which would stay in its state."""
+    words, drafts = 40, 4
+    path = save_random(tmp_path, **SMALL, vocab_size=words)
+    options = {"enable_prefix_caching": False, "additional_config": FUSED | {"bamba_replay": 16}}
+    options["speculative_config"] = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 2}
+    first, second = random_prompts([9, 1], words)
+    with Engine(path, **options) as engine:
+        inner, outputs = engine.llm.llm_engine, []
+        inner.add_request("first", {"prompt_token_ids": first}, greedy(14, False))
+        for _ in range(3):
+            outputs += inner.step()
+        assert not any(output.finished for output in outputs)
+        inner.add_request("second", {"prompt_token_ids": second}, greedy(8, False))
+        while inner.has_unfinished_requests():
+            outputs += inner.step()
+    reference, ended = Reference(path), [output for output in outputs if output.finished]
+    assert {output.request_id for output in ended} == {"first", "second"}
+    for output in ended:
+        reference.check(_answer(output))
 
 
 def test_states_in_the_prefix_cache_carry_their_rings(tmp_path):

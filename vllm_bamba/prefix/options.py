@@ -7,8 +7,8 @@ Options of the engine, in vLLM's `additional_config` (`--additional-config '{"ba
 | `bamba_prefix_slots` | true | false: vLLM's own caching, in steps of the attention block (528 tokens for 9B) |
 | `bamba_prefix_share` | 0.75 | the largest part of the cache that slots may take; requests that run come first anyway |
 
-vLLM's `--prefix-match-unit` sets the distance of slots in tokens, 16 by default. The states of answers are copied once
-per unit, but not those of the fused step on Model Runner V2 if a unit is not longer than `bamba_replay`.
+vLLM's `--prefix-match-unit` sets the distance of slots in tokens, 8, 16 (the default) or 32. The states of answers are
+copied once per unit, but not those of the fused step on Model Runner V2 if a unit is not longer than `bamba_replay`.
 
 Option of a request, in `SamplingParams(extra_args=...)`, over HTTP in `"vllm_xargs"`:
 
@@ -21,6 +21,7 @@ A chat that says nothing shares its system messages.
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -35,7 +36,10 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
 SCHEDULER = "vllm_bamba.prefix.scheduler.build"
-SHORTEST_UNIT = INPUTS + 1  # tokens: all of a state's inputs lie behind the position before
+DRAFTING = "vllm_bamba.prefix.scheduler.build_drafting"
+# tokens: all of a state's inputs lie behind the position before, and half of one divides any block of attention
+UNITS = (8, 16, 32)
+assert min(UNITS) > INPUTS
 
 logger = logging.getLogger("vllm.vllm_bamba")
 
@@ -82,7 +86,17 @@ def system_tokens(sampling_params: Any) -> int:
 
 def _tokens(sampling_params: Any, key: str) -> int:
     value = (getattr(sampling_params, "extra_args", None) or {}).get(key, 0)
-    return value if isinstance(value, int) and value > 0 else 0
+    if isinstance(value, float) and value.is_integer():  # what goes over HTTP may become one
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    _say_ignored(key)
+    return 0
+
+
+@functools.cache
+def _say_ignored(key: str) -> None:
+    logger.warning("%s of a request is not a number of tokens and is ignored; this is said once.", key)
 
 
 def active(vllm_config: VllmConfig) -> bool:
@@ -94,6 +108,7 @@ def configure(vllm_config: VllmConfig, has_attention: bool = True) -> None:
     """Turn slots on, or say why there are none; `has_attention`: whether the model has an attention layer.
 
     Without prefix caching the scheduler is ours, too, unless `bamba_prefix_slots` is off: it asks less of the cache.
+    With drafted tokens it is vLLM's but for what that one does wrong.
 
     Raises:
         ValueError: an option has a value that makes no sense, or vLLM's own caching would be wrong with it.
@@ -102,9 +117,11 @@ def configure(vllm_config: VllmConfig, has_attention: bool = True) -> None:
 
     cache = vllm_config.cache_config
     options = SlotOptions.of(vllm_config)
-    if vllm_config.scheduler_config.scheduler_cls == SCHEDULER:
+    if vllm_config.scheduler_config.scheduler_cls in (SCHEDULER, DRAFTING):
         return
     reason = _obstacle(vllm_config, has_attention)
+    if vllm_config.speculative_config is not None and vllm_config.scheduler_config.scheduler_cls is None:
+        vllm_config.scheduler_config.scheduler_cls = DRAFTING
     if not cache.enable_prefix_caching:
         logger.warning("Prefix caching is off by option: every request computes its whole prompt.")
         if options.on and reason is None:
@@ -121,8 +138,8 @@ def configure(vllm_config: VllmConfig, has_attention: bool = True) -> None:
             )
         return
     unit = cache.prefix_match_unit or UNIT
-    if unit % 2 or unit < SHORTEST_UNIT:
-        raise ValueError(f"--prefix-match-unit {unit}: expected an even number of tokens, {SHORTEST_UNIT} or more.")
+    if unit not in UNITS:
+        raise ValueError(f"--prefix-match-unit {unit}: expected one of {UNITS} tokens.")
     if vllm_config.model_config.max_model_len <= unit:
         logger.warning(
             "No prefix can be hit: the context of %d tokens is not longer than a unit of %d.",

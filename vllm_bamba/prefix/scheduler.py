@@ -1,4 +1,7 @@
-"""vLLM's schedulers, which ask less of the cache, and whose prefills stop exactly where a slot is wanted."""
+"""vLLM's schedulers, which ask less of the cache, and whose prefills stop exactly where a slot is wanted.
+
+With drafted tokens they are vLLM's but for one thing, see `Drafting`.
+"""
 
 from __future__ import annotations
 
@@ -107,6 +110,37 @@ class PrefixAwareAsync(PrefixAware, AsyncScheduler):
     """The next step is scheduled while one runs."""
 
 
+class Drafting(Scheduler):
+    """A prompt of one token, which comes while others decode, gets no placeholders of drafts.
+
+    vLLM pads it with them, so that all have as many tokens. But what has no state yet is a prefill, and nobody takes
+    the placeholders out of its state again.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.aligns: bool = self.need_mamba_block_aligned_split  # type: ignore[has-type]
+        self.need_mamba_block_aligned_split = True  # the next function is asked; padding that it cuts is dropped
+
+    def _mamba_block_aligned_split(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        """As vLLM's if that is wanted; in either case no more of a request's first tokens than there are."""
+        found = (num_new_local_computed_tokens, num_external_computed_tokens)
+        if self.aligns:
+            num_new_tokens = super()._mamba_block_aligned_split(request, num_new_tokens, *found)
+        is_first = request.num_computed_tokens + sum(found) == 0
+        return min(num_new_tokens, request.num_tokens) if is_first else num_new_tokens
+
+
+class DraftingAsync(Drafting, AsyncScheduler):
+    """The next step is scheduled while one runs."""
+
+
 KINDS = {  # whether there are slots, whether steps overlap
     (False, False): Sparing,
     (False, True): SparingAsync,
@@ -118,4 +152,10 @@ KINDS = {  # whether there are slots, whether steps overlap
 def build(vllm_config: Any, **kwargs: Any) -> Sparing:
     """The scheduler for this configuration; vLLM's `scheduler_cls` names this function."""
     kind = KINDS[active(vllm_config), bool(vllm_config.scheduler_config.async_scheduling)]
+    return kind(vllm_config=vllm_config, **kwargs)
+
+
+def build_drafting(vllm_config: Any, **kwargs: Any) -> Drafting:
+    """The same with drafted tokens."""
+    kind = DraftingAsync if vllm_config.scheduler_config.async_scheduling else Drafting
     return kind(vllm_config=vllm_config, **kwargs)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, BambaConfig
 from transformers.models.bamba import modeling_bamba
+from vllm.config import CUDAGraphMode
 
 from vllm_bamba import compat
 from vllm_bamba.config import NO_TIME_STEP_LIMIT, BambaServingConfig, BambaShape
@@ -415,22 +416,37 @@ def test_drafts_that_the_fused_step_cannot_take_back_are_refused(
             check_step(config, shape)
 
 
-@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
-@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
-def test_drafts_in_graphs_of_model_runner_v1_are_refused(
-    eager: bool, v2: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fused", [False, True], ids=["vllm_step", "fused_step"])
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({}, True),
+        ({"mode": CUDAGraphMode.FULL_AND_PIECEWISE}, True),
+        ({"mode": CUDAGraphMode.FULL_DECODE_ONLY}, True),
+        ({"mode": CUDAGraphMode.PIECEWISE}, False),
+        ({"eager": True}, False),
+        ({"v2": True}, False),
+        ({"drafts": 0}, False),
+    ],
+    ids=str,
+)
+def test_drafts_in_full_graphs_of_model_runner_v1_are_refused(
+    changes: dict[str, object], refused: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It takes prompts of as many tokens for decodes, in graphs whose slots were not brought up to date."""
-    monkeypatch.setattr(type(compat.current_platform), "is_cuda", lambda self: True)
-    config = engine(drafts=3)
-    config.additional_config = {"bamba_fused_step": True}
-    config.model_config.enforce_eager, config.use_v2_model_runner = eager, v2
+    given = {"mode": None, "eager": False, "v2": False, "drafts": 3} | changes
+    for name, holds in {"is_cuda": True, "is_cpu": False}.items():
+        monkeypatch.setattr(type(compat.current_platform), name, lambda self, holds=holds: holds)
+    config = engine(drafts=given["drafts"])
+    config.additional_config = {"bamba_fused_step": fused}
+    config.compilation_config.cudagraph_mode = given["mode"]
+    config.model_config.enforce_eager, config.use_v2_model_runner = given["eager"], given["v2"]
     shape = BambaShape.from_hf(config.model_config.hf_config)
-    if eager or v2:
-        check_step(config, shape)
-    else:
-        with pytest.raises(ValueError, match=r"Model Runner V1 .* \(--enforce-eager\)"):
+    if refused:
+        with pytest.raises(ValueError, match=r"Model Runner V1.*PIECEWISE.*--enforce-eager"):
             check_step(config, shape)
+    else:
+        check_step(config, shape)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ Options of the engine, in vLLM's `additional_config`:
 The step is on by default on the GPUs that its tests and its tables are from, compute capability 9.0, with bf16
 activations, unless the checkpoint is quantised, tokens are drafted or blocks go to other engines. Elsewhere it can be
 asked for. Drafted tokens of speculative decoding cost it no states, but it takes them back without prefix caching only,
-from a ring of more than twice as many, and with Model Runner V2 (or without CUDA graphs).
+and from a ring of more than twice as many.
 
 Where the step is on by default, states are in int8, the fastest precision that predicts as fp32 does
 (benchmarks/bench_accuracy.py), unless `--mamba-ssm-cache-dtype` or `--mamba-cache-dtype` is given. Elsewhere these
@@ -112,11 +112,31 @@ def check_step(vllm_config: VllmConfig, shape: BambaShape) -> None:
             "speculative decoding of Bamba needs a GPU: vLLM's CPU convolution cannot take rejected tokens back. "
             "Leave --speculative-config out."
         )
+    if _replays_prompts(vllm_config):
+        raise ValueError(
+            "speculative decoding on Model Runner V1: its full CUDA graphs take prompts of as many tokens for drafted "
+            "ones, and write states of other requests. Use Model Runner V2, with another method in "
+            "--speculative-config or without VLLM_USE_V2_MODEL_RUNNER=0, or --compilation-config "
+            '\'{"cudagraph_mode": "PIECEWISE"}\', or --enforce-eager.'
+        )
     obstacle = _obstacle(vllm_config, shape, options.replay, options.eight_bits)
     if options.fused and obstacle:
         raise ValueError(f"additional_config: bamba_fused_step cannot be used here: {obstacle}. Or leave it out.")
     if options.eight_bits and "bamba_state_dtype" not in _given(vllm_config):
         logger.info("SSM states are kept in int8; --mamba-ssm-cache-dtype says otherwise.")
+
+
+def _replays_prompts(vllm_config: VllmConfig) -> bool:
+    """Whether graphs of drafted tokens are replayed for prompts of as many: Model Runner V1 goes by numbers alone."""
+    if (
+        vllm_config.num_speculative_tokens == 0
+        or not current_platform.is_cuda()
+        or vllm_config.use_v2_model_runner
+        or vllm_config.model_config.enforce_eager
+    ):
+        return False
+    mode = vllm_config.compilation_config.cudagraph_mode
+    return mode is None or mode.has_full_cudagraphs()  # None: vLLM has yet to choose
 
 
 def _obstacle(
@@ -144,12 +164,6 @@ def _obstacle(
         ),
         f"{drafts} drafted tokens do not fit bamba_replay {replay} ({' and '.join(fitting) or 'none'} would do)": (
             drafts > 0 and replay <= 2 * drafts
-        ),
-        "Model Runner V1 takes short prompts for drafted tokens in its CUDA graphs (--enforce-eager)": (
-            drafts > 0
-            and current_platform.is_cuda()
-            and not vllm_config.use_v2_model_runner
-            and not vllm_config.model_config.enforce_eager
         ),
         "there is no NVIDIA GPU": not current_platform.is_cuda() and os.environ.get("TRITON_INTERPRET") != "1",
     }

@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_bamba.ops.gated_norm import Division
 from vllm_bamba.ops.skinny_linear import added_linear, divided_linear, skinny_linear
 from vllm_bamba.ops.skinny_linear.reference import divided_linear_reference, skinny_linear_reference
-from vllm_bamba.ops.skinny_linear.tuning import H100, H200, Launch, Tuning, tuning_for
+from vllm_bamba.ops.skinny_linear.tuning import H100, H200, Launch, Tuning, fitting, tuning_for
 
 LAUNCHES = [
     Launch(rows=16, columns=32, depth=64, num_stages=2, num_warps=2),
@@ -200,6 +200,21 @@ def test_tables_are_in_ascending_order(tuning) -> None:
         assert (launches[-1].rows, launches[-1].depth) == (tuning.rows, 128)
         assert all(o.depth % 128 == 0 for o in launches)
     assert all(o.rows > tuning.rows for o in tuning.gated_whole)
+
+
+@pytest.mark.parametrize("tuning", [H100, H200], ids=["H100", "H200"])
+def test_a_depth_that_some_launches_do_not_divide_is_served_by_the_others(tuning: Tuning) -> None:
+    for depth in (384, 640, 1152):
+        launches = fitting(tuning.gated, depth)
+        assert launches[-1].rows == tuning.rows
+        assert len(launches) < len(tuning.gated)
+        for launch in launches:
+            assert depth % launch.depth == 0
+    x, division = randn(1, 3, 384, dtype=torch.bfloat16), division_of(3, 12, torch.float32)
+    weight = randn(2, 64, 384, dtype=torch.bfloat16, scale=0.1)
+    y = divided_linear(x, division, weight, fitting(tuning.gated, 384), gated=True)
+    exact = divided_linear_reference(x.double(), double(division), weight.double(), gated=True)
+    assert_precise(y, exact, divided_linear_reference(x, division, weight, gated=True), "gated")
 
 
 @pytest.mark.gpu

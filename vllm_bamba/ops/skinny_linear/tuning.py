@@ -30,6 +30,11 @@ class Launch:
     described: bool = False
 
 
+def fitting(launches: Sequence[Launch], depth: int) -> list[Launch]:
+    """Those that sum so many numbers without a rest."""
+    return [launch for launch in launches if depth % launch.depth == 0]
+
+
 @dataclass(frozen=True)
 class Tuning:
     """Launches by the number of rows, in ascending order.
@@ -53,7 +58,7 @@ class Tuning:
 
     def launches(self, columns: int, depth: int) -> list[Launch]:
         """Those that suit a weight [columns, depth]; empty where PyTorch's product is all there is."""
-        return [o for o in (self.many if columns > MANY else self.few) if depth % o.depth == 0]
+        return fitting(self.many if columns > MANY else self.few, depth)
 
 
 # for bf16, measured on an H200 and on an H100, gated ones on an H100: see benchmarks/NOTES.md

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from parity import LIMIT, Answer, Engine, Reference, assert_same, check_low_precision, random_prompts, save_random
+from safetensors.torch import load_file
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from vllm_bamba.state_metadata import StateMetadataBuilder
 
@@ -193,3 +195,21 @@ def test_low_precision_is_told_from_the_state_of_another_text(tiny):
     answers[1] = answer(prompts[1], generated[1], other)
     with pytest.raises(AssertionError, match="behind 60 tokens: error"):
         check_low_precision(answers, exact, plain)
+
+
+def test_random_weights_give_way_to_weights_that_come_in_parts(tmp_path):
+    """As from a trainer: the engine starts without a checkpoint, and gets one tensor after the other."""
+    path = save_random(tmp_path)
+    with Engine(path, load_format="dummy") as engine:
+
+        def fill(model: torch.nn.Module) -> None:
+            initialize_layerwise_reload(model)
+            for name, weight in load_file(tmp_path / "model.safetensors").items():
+                model.load_weights([(name, weight)])
+            finalize_layerwise_reload(model, engine.llm.llm_engine.vllm_config.model_config)
+
+        engine.llm.apply_model(fill)
+        answers = engine.answers(random_prompts([1, 20, 33]), 5)
+    reference = Reference(path)
+    for answer in answers:
+        reference.check(answer)

@@ -246,7 +246,8 @@ class BambaForCausalLM(
         keep_compiled_kernels()
         self.config = vllm_config.model_config.hf_config
         self.shape = BambaShape.from_hf(self.config)
-        self.complete = False  # whether all weights have been loaded once; later loads may bring some
+        # whether all weights are there once; later loads may bring some. Random ones are not loaded, but there
+        self.complete = vllm_config.load_config.load_format == "dummy"
         if vllm_config.lora_config is not None:
             from vllm_bamba.lora import InProjectionWithLoRA
 

@@ -152,7 +152,7 @@ class BambaMixer(nn.Module, MambaBase):
         if prefix in layers:
             raise ValueError(f"duplicate layer name: {prefix}")
         layers[prefix] = self
-        self.kv_cache = (torch.tensor([]), torch.tensor([]))  # vLLM binds the state tensors
+        self.kv_cache = (torch.tensor([]), torch.tensor([]))
         self.backend = state_backend(shape.head_dim, self.model_config.dtype, vllm_config.cache_config.cache_dtype)
         self.wants_graphs = StepOptions.of(vllm_config, shape).prefill_graphs
         self.graphs = PrefillGraphs(self.mixing.prefill)
@@ -216,6 +216,16 @@ class BambaMixer(nn.Module, MambaBase):
         if isinstance(self.mixing, FusedMixing):  # which takes drafts back inside of a slot
             spec = replace_spec(MambaSpec, spec, num_speculative_blocks=0)
         return state_spec(spec, vllm_config)
+
+    @property
+    def kv_cache(self) -> tuple[torch.Tensor, ...]:
+        """The state tensors, which vLLM binds."""
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, states: tuple[torch.Tensor, ...]) -> None:
+        self._kv_cache = states
+        self.mixing.forget_cache()
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
         return self.slot_shapes

@@ -51,6 +51,9 @@ class Mixing(ABC):
     def warm_up(self, projected: torch.Tensor) -> None:
         """Have all kernels made before the first request; `projected` is like that of requests."""
 
+    def forget_cache(self) -> None:  # noqa: B027  not all remember anything
+        """vLLM has bound other memory, or none: keep nothing of what was."""
+
     def reserve(self, device: torch.device) -> None:
         """Take as much memory as the states of a step's prefills, and give it back: vLLM's profile has no prefills.
 
@@ -133,6 +136,7 @@ class FusedMixing(Mixing):
             not quantised and not mixer.shape.mamba_proj_bias and mixer.model_config.dtype != torch.float16
         )
         norm = mixer.norm.weight if self.divides_later else None
+        self._slots: FusedSlots | None = None
         self._weights = StepWeights(conv.weight, conv.bias, mixer.A, mixer.D, mixer.dt_bias, norm)
         self.sums = sum_columns(form.shard.local_heads) if self.divides_later else 0
 
@@ -143,7 +147,13 @@ class FusedMixing(Mixing):
 
     @property
     def slots(self) -> FusedSlots:
-        return self.form.bind(self.mixer.kv_cache)
+        """The layer's, in vLLM's cache."""
+        if self._slots is None:
+            self._slots = self.form.bind(self.mixer.kv_cache)
+        return self._slots
+
+    def forget_cache(self) -> None:
+        self._slots = None
 
     @property
     def weights(self) -> StepWeights:

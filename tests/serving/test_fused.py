@@ -232,8 +232,11 @@ def test_8_bit_states_hold_more_sequences(tiny):
     for name, options in {"bf16": FUSED, "fp8": FUSED | {"bamba_state_dtype": "fp8"}}.items():
         with Engine(tiny, dtype="bfloat16", mamba_ssm_cache_dtype="bfloat16", additional_config=options) as engine:
             layer = engine.llm.llm_engine.vllm_config.compilation_config.static_forward_context["model.layers.0.mamba"]
-            slots = layer.mixing.form.bind(layer.kv_cache)
+            slots = layer.mixing.slots
+            assert slots is layer.mixing.slots
             pages[name] = slots.ssm[0].nbytes + (0 if slots.scale is None else slots.scale[0].nbytes)
+            layer.kv_cache = tuple(tensor.clone() for tensor in layer.kv_cache)  # as where vLLM makes its cache anew
+            assert layer.mixing.slots.conv.data_ptr() == layer.kv_cache[0].data_ptr() != slots.conv.data_ptr()
     assert pages["fp8"] < 0.6 * pages["bf16"]
 
 

@@ -24,12 +24,14 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.platforms import current_platform
 
 from vllm_bamba.compat import moves_blocks
+from vllm_bamba.options import given_options
+from vllm_bamba.prefix.options import active
 from vllm_bamba.state import EIGHT_BITS, SlotFormat, mixer_shard, state_dtypes, state_shapes
 
 if TYPE_CHECKING:
@@ -45,7 +47,6 @@ logger = logging.getLogger("vllm.vllm_bamba")
 class StepOptions:
     """What `additional_config` says of the decode step."""
 
-    KEYS: ClassVar = ("bamba_fused_step", "bamba_replay", "bamba_state_dtype", "bamba_prefill_graphs")
     fused: bool = False
     replay: int = 16
     eight_bits: torch.dtype | None = None
@@ -56,9 +57,9 @@ class StepOptions:
         """Read and check; what is not said is decided by GPU and model.
 
         Raises:
-            ValueError: an option has a value that makes no sense.
+            ValueError: an option has a name or a value that makes no sense.
         """
-        given = _given(vllm_config)
+        given = given_options(vllm_config)
         fused, replay = given.get("bamba_fused_step"), given.get("bamba_replay", cls.replay)
         dtype, graphs = given.get("bamba_state_dtype"), given.get("bamba_prefill_graphs", cls.prefill_graphs)
         best = _is_best(vllm_config, shape)
@@ -80,10 +81,6 @@ class StepOptions:
         if dtype is None and fused and best and _leaves_precision_open(vllm_config.cache_config):
             dtype = "int8"
         return cls(fused, replay, EIGHT_BITS[dtype] if dtype else None, graphs)
-
-
-def _given(vllm_config: VllmConfig) -> dict[str, Any]:
-    return vllm_config.additional_config if isinstance(vllm_config.additional_config, dict) else {}
 
 
 def _leaves_precision_open(cache: CacheConfig) -> bool:
@@ -122,7 +119,7 @@ def check_step(vllm_config: VllmConfig, shape: BambaShape) -> None:
     obstacle = _obstacle(vllm_config, shape, options.replay, options.eight_bits)
     if options.fused and obstacle:
         raise ValueError(f"additional_config: bamba_fused_step cannot be used here: {obstacle}. Or leave it out.")
-    if options.eight_bits and "bamba_state_dtype" not in _given(vllm_config):
+    if options.eight_bits and "bamba_state_dtype" not in given_options(vllm_config):
         logger.info("SSM states are kept in int8; --mamba-ssm-cache-dtype says otherwise.")
 
 
@@ -175,8 +172,6 @@ def anchors_slots(vllm_config: VllmConfig, replay: int) -> bool:
 
     Model Runner V2 asks `model_state.py`, which has the rings folded, at the end of every unit of prefix slots.
     """
-    from vllm_bamba.prefix.options import active
-
     half = vllm_config.cache_config.prefix_match_unit
     return active(vllm_config) and vllm_config.use_v2_model_runner and half is not None and replay >= 2 * half
 

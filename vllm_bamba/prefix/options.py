@@ -24,12 +24,12 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
+from vllm_bamba.options import given_options
 from vllm_bamba.prefix.chat import KEY
 from vllm_bamba.prefix.policy import UNIT
 from vllm_bamba.state import INPUTS
-from vllm_bamba.step_options import StepOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,7 +48,6 @@ logger = logging.getLogger("vllm.vllm_bamba")
 class SlotOptions:
     """What `additional_config` says."""
 
-    KEYS: ClassVar = ("bamba_prefix_slots", "bamba_prefix_share")
     on: bool = True
     share: float = 0.75
 
@@ -57,14 +56,9 @@ class SlotOptions:
         """Read and check.
 
         Raises:
-            ValueError: an option has a value that makes no sense.
+            ValueError: an option has a name or a value that makes no sense.
         """
-        given = vllm_config.additional_config
-        given = given if isinstance(given, dict) else {}
-        known = (*cls.KEYS, *StepOptions.KEYS)
-        unknown = sorted(k for k in given if k.startswith("bamba_") and k not in known)
-        if unknown:
-            raise ValueError(f"additional_config: {', '.join(unknown)} unknown, there are {', '.join(known)}.")
+        given = given_options(vllm_config)
         on = given.get("bamba_prefix_slots", cls.on)
         share = given.get("bamba_prefix_share", cls.share)
         if not isinstance(on, bool):

@@ -10,10 +10,10 @@ bash tests/environment.sh test
 # tests read nothing from the network and report nothing to it
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 
-# all tests without a GPU: most of their time is one thread's, in Triton's interpreter
-if [ $# -eq 0 ] && [[ "$(nvidia-smi -L 2>/dev/null)" != GPU* ]]; then
-    export OMP_NUM_THREADS=1
-    set -- --numprocesses 2 --dist worksteal
+# without a GPU most of the time is one thread's, in Triton's interpreter; a few tests start in one process sooner
+if [[ "$(nvidia-smi -L 2>/dev/null)" != GPU* ]]; then
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    [ $# -gt 0 ] || set -- --numprocesses 2 --dist worksteal
 fi
 
 exec .venv/bin/python -m pytest "$@"

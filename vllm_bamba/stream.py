@@ -131,12 +131,11 @@ def _divided_linear(
     normed: torch.Tensor, squares: torch.Tensor, weight: torch.Tensor, eps: float, gated: bool
 ) -> torch.Tensor:
     from vllm_bamba.ops.skinny_linear import divided_linear, warm_up_divided  # these need Triton
-    from vllm_bamba.ops.skinny_linear.tuning import first_for, fitting, tuning_of
+    from vllm_bamba.ops.skinny_linear.tuning import first_for, tuning_of
 
     if tuning := tuning_of(weight.device):
-        depth = weight.shape[1]
-        launches = fitting(tuning.gated, depth) if gated else tuning.launches(*weight.shape)
-        whole = fitting(tuning.gated_whole, depth) if gated else []
+        launches = tuning.gated if gated else tuning.launches(*weight.shape)
+        whole = tuning.gated_whole if gated else ()
         if _is_first("divided", weight.shape, squares.shape[1], gated):
             warm_up_divided(weight, squares.shape[1], launches, gated)
             warm_up_divided(weight, 0, whole, gated)

@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vllm_bamba.ops.gated_norm import Division, kernel_arguments
 from vllm_bamba.ops.skinny_linear.kernels import SUMMED, linear_kernel
-from vllm_bamba.ops.skinny_linear.tuning import Launch, first_for, launches_for
+from vllm_bamba.ops.skinny_linear.tuning import Launch, first_for, fitting, launches_for
 
 
 class Sum(NamedTuple):
@@ -177,7 +177,7 @@ def warm_up(weight: torch.Tensor) -> None:
 
 def warm_up_divided(weight: torch.Tensor, columns: int, launches: Sequence[Launch], gated: bool) -> None:
     """The same of `divided_linear`, with so many columns of fp32 sums, or none."""
-    for launch in launches:
+    for launch in fitting(launches, weight.shape[1]):
         x = weight.new_zeros(launch.rows, weight.shape[1])
         sums = x.new_ones(launch.rows, columns, dtype=torch.float32)
         divided_linear(x, Division(sums, 1, 0.0) if columns else None, weight, [launch], gated)

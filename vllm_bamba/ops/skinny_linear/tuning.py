@@ -130,4 +130,4 @@ def launches_for(weight: torch.Tensor) -> list[Launch]:
 
 def first_for(launches: Sequence[Launch], rows: int, depth: int) -> Launch | None:
     """The first of some in ascending order that serves so many rows and sums of such a depth."""
-    return next((o for o in launches if rows <= o.rows and depth % o.depth == 0), None)
+    return next((launch for launch in fitting(launches, depth) if rows <= launch.rows), None)

@@ -38,11 +38,6 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs th
 ENGINE = "--enforce-eager --kv-cache-memory-bytes 67108864 --max-num-seqs 4"
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("results")
-
-
 @pytest.fixture(autouse=True)
 def one_thread_limits(monkeypatch):
     """Measuring the device's limits is tried once, in its own test."""
@@ -74,10 +69,10 @@ def common(folder: pathlib.Path) -> list[str]:
     return ["--results", str(folder), "--commit", "smoke"]
 
 
-def test_ops_are_timed_against_vllms_and_the_floor(results, capsys):
+def test_ops_are_timed_against_vllms_and_the_floor(tmp_path, capsys):
     sizes = ["--shape", "tiny", "--tokens", "40", "--batches", "2", "--repeats", "2", "--tests", "skip"]
-    bench_ops.main([*sizes, *common(results)])
-    found = read(results, "bench_ops")
+    bench_ops.main([*sizes, *common(tmp_path)])
+    found = read(tmp_path, "bench_ops")
     assert values(found, "case") == set(bench_ops.CASES)
     for case in bench_ops.CASES:
         of_case = [row for row in found if row["case"] == case]
@@ -110,11 +105,11 @@ def test_ops_that_are_not_verified_get_no_speed_up(what, tmp_path, monkeypatch, 
     assert "no speed-up is reported" in capsys.readouterr().out
 
 
-def test_transformers_and_this_plugin_give_the_same_tokens(results, tiny):
+def test_transformers_and_this_plugin_give_the_same_tokens(tmp_path, tiny):
     work = ["--batches", "2", "--prompts", "20", "--output", "4", "--repeats", "1"]
     mixed = ["--mixed", "4", "--mixed-lengths", "3", "30", "--static-batch", "2"]
-    bench_transformers.main(["--model", tiny, "--eager", *work, *mixed, *common(results)])
-    found = read(results, "bench_transformers")
+    bench_transformers.main(["--model", tiny, "--eager", *work, *mixed, *common(tmp_path)])
+    found = read(tmp_path, "bench_transformers")
     assert values(found, "variant") == {"transformers_torch", "vllm_bamba", "roofline"}
     ours = [row for row in found if row["variant"] == "vllm_bamba"]
     assert values(ours, "verified") == {"same tokens in 2 of 2 requests", "same tokens in 4 of 4 requests"}
@@ -141,12 +136,12 @@ def test_granite_twin_gives_the_same_tokens(tiny, tmp_path):
 
 
 @pytest.mark.multiprocess
-def test_serving_reports_all_percentiles(results, tiny):
+def test_serving_reports_all_percentiles(tmp_path, tiny):
     model = ["--model", tiny, "--models", "bamba", f"--engine-args={ENGINE}"]
     load = ["--datasets", "prefix", "--prefixes", "32", "--num-prefixes", "2", "--rates", "--concurrencies", "2"]
     sizes = ["--num-prompts", "4", "--input", "16", "--output", "4"]
-    bench_serving.main(["serve", *model, *load, *sizes, *common(results)])
-    found = [row for row in read(results, "bench_serving") if row["case"] == "prefix"]
+    bench_serving.main(["serve", *model, *load, *sizes, *common(tmp_path)])
+    found = [row for row in read(tmp_path, "bench_serving") if row["case"] == "prefix"]
     expected = {f"{metric}_p{p}" for metric in ("ttft", "tpot", "itl", "e2el") for p in (50, 90, 99)}
     assert values(found, "metric") == expected | {"output_throughput", "request_throughput"}
     assert values(found, "verified") == {"all answered; the answers that others are compared with"}
@@ -180,11 +175,11 @@ def test_offline_commands_write_rows(what, tmp_path):
 
 
 @pytest.mark.multiprocess
-def test_decode_steps_of_whole_engines(results, capsys):
+def test_decode_steps_of_whole_engines(tmp_path, capsys):
     engines = ["--variants", "vllm_operators", "vllm_operators_slots", "--eager"]
     work = ["--prompts", "equal", "mixed", "--batches", "1", "3", "--steps", "64", "--repeats", "3", "--offline", "2"]
-    bench_decode.main(["--shape", "tiny", *engines, *work, *common(results)])
-    found = read(results, "bench_decode")
+    bench_decode.main(["--shape", "tiny", *engines, *work, *common(tmp_path)])
+    found = read(tmp_path, "bench_decode")
     for row in found:
         expected = {"vllm_operators_slots": "slots"}.get(row["variant"], "none")
         assert row["cache_mode"] == expected
@@ -221,11 +216,11 @@ def test_bytes_of_a_step_are_those_of_its_states() -> None:
 
 
 @pytest.mark.multiprocess
-def test_shared_prefixes_are_found_and_change_no_token(results, tiny):
+def test_shared_prefixes_are_found_and_change_no_token(tmp_path, tiny):
     engines = ["--variants", "vllm_operators", "vllm_operators_slots", "--eager"]
     work = ["--shared", "40", "300", "--own", "20", "--repeats", "2", "--turns", "3", "--turn-generated", "20"]
-    bench_prefix.main(["--model", tiny, *engines, *work, *common(results)])
-    found = read(results, "bench_prefix")
+    bench_prefix.main(["--model", tiny, *engines, *work, *common(tmp_path)])
+    found = read(tmp_path, "bench_prefix")
     assert values(found, "metric") == {"ttft", "cached_tokens"}
     assert values(found, "verified") == {"same tokens from all variants in 2 of 2 requests"}
     cached = {"none": [], "slots": []}

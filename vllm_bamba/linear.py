@@ -9,12 +9,16 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from vllm_bamba.warm_up import warm_ups
+
 LIBRARY = torch.library.Library("vllm_bamba", "FRAGMENT")
 
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    from vllm_bamba.ops.skinny_linear import skinny_linear  # needs Triton
+    from vllm_bamba.ops.skinny_linear import skinny_linear, skinny_warm_ups  # need Triton
 
+    kernels = ("skinny_linear", weight.shape, weight.dtype)
+    warm_ups.start(kernels, lambda: skinny_warm_ups(weight), weight.device)
     return skinny_linear(x, weight)
 
 
@@ -28,13 +32,6 @@ direct_register_custom_op("skinny_linear", _multiply, fake_impl=_like_result, ta
 
 class SkinnyProducts:
     """In front of one of vLLM's methods for weights that are not quantised."""
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Also have the kernels made that will serve this layer."""
-        from vllm_bamba.ops.skinny_linear import warm_up
-
-        super().process_weights_after_loading(layer)  # type: ignore[misc]
-        warm_up(layer.weight)  # type: ignore[arg-type]
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [rows, K] -> [rows, N]; with a bias, which a library's product adds before it rounds, vLLM's way."""

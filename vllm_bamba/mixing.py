@@ -9,7 +9,8 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +20,7 @@ from vllm_bamba.ops.ssd_prefill import scan, ssd_prefill, warm_up
 from vllm_bamba.ops.ssm_step import ssm_step
 from vllm_bamba.prefix.policy import PREFILLS
 from vllm_bamba.state import DecodePlan, FusedSlots, PrefillPlan, SlotFormat, channels_first
+from vllm_bamba.warm_up import warm_ups
 
 if TYPE_CHECKING:
     from vllm_bamba.mixer import BambaMixer
@@ -120,8 +122,6 @@ class OperatorMixing(Mixing):
 class FusedMixing(Mixing):
     """Decodes in our own kernels, on slots of their layout; prefills on vLLM's operators in between."""
 
-    _made: ClassVar[set[tuple[object, ...]]] = set()
-
     def __init__(self, mixer: BambaMixer, form: SlotFormat, quantised: bool):
         from vllm_bamba.ops.mixer_step import StepWeights, sum_columns  # need Triton
 
@@ -160,38 +160,47 @@ class FusedMixing(Mixing):
         return self._weights._replace(taps=self._weights.taps.t())
 
     def warm_up(self, projected: torch.Tensor) -> None:
-        """As `Mixing.warm_up`, on two slots made for it; one layer does it for all alike."""
-        from vllm_bamba.ops.mixer_step import mixer_step
-        from vllm_bamba.ops.slot_state import LayerSlots, empty_inputs, move_slots, read_slots, write_slots
-
+        """As `Mixing.warm_up`; one layer does it for all alike."""
         self._warm_scan_up(projected, torch.float32)
-        mixer, shard, device = self.mixer, self.form.shard, projected.device
-        kernels = (self.form, self.divides_later, projected.dtype)
-        if kernels in self._made:
-            return
-        self._made.add(kernels)
+        row = projected.new_zeros(1, projected.shape[1])
+        calls = [partial(call, row) for call in (self._warm_slots_up, self._warm_step_up, self._warm_moves_up)]
+        warm_ups.start(("mixing", self.form, self.divides_later, row.dtype), lambda: calls, row.device)
+
+    def _some_slots(self, device: torch.device) -> FusedSlots:
+        """Two, which are no layer's; the first one is padding."""
         layout = zip(self.form.shapes(), self.form.dtypes(), strict=True)
-        slots = self.form.bind(tuple(torch.zeros(2, *shape, dtype=dtype, device=device) for shape, dtype in layout))
-        chunk = PrefillPlan.of_one_chunk(mixer.shape.chunk_size, True, device)
-        # slot 0 is padding: kernels are made, and write nothing
+        return self.form.bind(tuple(torch.zeros(2, *shape, dtype=dtype, device=device) for shape, dtype in layout))
+
+    def _warm_slots_up(self, row: torch.Tensor) -> None:
+        from vllm_bamba.ops.slot_state import empty_inputs, read_slots, write_slots
+
+        mixer, slots = self.mixer, self._some_slots(row.device)
+        chunk = PrefillPlan.of_one_chunk(mixer.shape.chunk_size, True, row.device)
         inputs = empty_inputs(slots, 1)
         states = read_slots(slots, mixer.A, chunk, inputs)
         write_slots(slots, chunk.slots, chunk.lengths, inputs, states, chunk.last_chunk)
-        xBC, _ = self._split(projected.new_zeros(chunk.num_tokens, projected.shape[1]))
+        xBC, _ = self._split(row.new_zeros(chunk.num_tokens, row.shape[1]))
         causal_conv1d_prefill(xBC, mixer.conv1d.weight, mixer.conv1d.bias, inputs, chunk)
 
-        row = projected.new_zeros(1, projected.shape[1])
-        output = row.new_empty(1, shard.local_intermediate + self.sums)
+    def _warm_step_up(self, row: torch.Tensor) -> None:
+        from vllm_bamba.ops.mixer_step import mixer_step
+
+        mixer, channels = self.mixer, self.form.shard.local_intermediate
+        output = row.new_empty(1, channels + self.sums)
         if self.divides_later:
-            y, gate = row[:, : shard.local_intermediate].clone(), row[:, : shard.local_intermediate]
-            gate_for_later(y, gate, mixer.norm.weight, output)
-        one = torch.ones(1, 1, dtype=torch.int32, device=device)
-        starts = torch.arange(2, dtype=torch.int32, device=device) if self.form.drafts else None
+            gate_for_later(row[:, :channels].clone(), row[:, :channels], mixer.norm.weight, output)
+        one = torch.ones(1, 1, dtype=torch.int32, device=row.device)
+        starts = torch.arange(2, dtype=torch.int32, device=row.device) if self.form.drafts else None
         plan = DecodePlan(1, one, one[0], starts, accepted=None)
-        mixer_step(row, self.weights, mixer.shape.time_step_limit, slots, plan, output)
+        mixer_step(row, self.weights, mixer.shape.time_step_limit, self._some_slots(row.device), plan, output)
+
+    def _warm_moves_up(self, row: torch.Tensor) -> None:
+        from vllm_bamba.ops.slot_state import LayerSlots, move_slots
+
         if self.form.anchored:
-            move = torch.tensor([[0, 1, 0, 0]], dtype=torch.int32, device=device)
-            move_slots(LayerSlots.of([slots], [mixer.A], [0], [one]), move)
+            one = torch.ones(1, 1, dtype=torch.int32, device=row.device)
+            move = torch.tensor([[0, 1, 0, 0]], dtype=torch.int32, device=row.device)
+            move_slots(LayerSlots.of([self._some_slots(row.device)], [self.mixer.A], [0], [one]), move)
 
     def prefill(self, projected: torch.Tensor, plan: PrefillPlan, output: torch.Tensor) -> None:
         from vllm_bamba.ops.slot_state import empty_inputs, read_slots, write_slots

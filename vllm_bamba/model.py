@@ -40,6 +40,7 @@ from vllm_bamba.mixer import BambaMixer
 from vllm_bamba.prefix.options import attention_spec
 from vllm_bamba.step_options import StepOptions, slot_dtypes, slot_shapes
 from vllm_bamba.stream import Stream, stream_for
+from vllm_bamba.warm_up import warm_ups
 from vllm_bamba.weights import STACKED, load_weights
 
 
@@ -282,6 +283,7 @@ class BambaForCausalLM(
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
+        warm_ups.finish()  # which the run before this one started, if it was the first
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

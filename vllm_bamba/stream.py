@@ -20,6 +20,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm_bamba.compat import silu_and_mul
 from vllm_bamba.linear import LIBRARY, SkinnyLinearMethod
 from vllm_bamba.ops.gated_norm import Division, divide_later
+from vllm_bamba.warm_up import warm_ups
 
 
 class Stream:
@@ -117,28 +118,21 @@ def stream_for(layers: nn.Module, vllm_config: VllmConfig) -> type[Stream]:
     return SkinnyStream if alone and skinny else Stream
 
 
-_made: set[tuple[object, ...]] = set()
-
-
-def _is_first(*what: object) -> bool:
-    """Whether this is the first call: it comes from vLLM's memory profile, and kernels are to be made then."""
-    is_first = what not in _made
-    _made.add(what)
-    return is_first
-
-
 def _divided_linear(
     normed: torch.Tensor, squares: torch.Tensor, weight: torch.Tensor, eps: float, gated: bool
 ) -> torch.Tensor:
-    from vllm_bamba.ops.skinny_linear import divided_linear, warm_up_divided  # these need Triton
+    from vllm_bamba.ops.skinny_linear import divided_linear, divided_warm_ups  # these need Triton
     from vllm_bamba.ops.skinny_linear.tuning import first_for, tuning_of
 
     if tuning := tuning_of(weight.device):
         launches = tuning.gated if gated else tuning.launches(*weight.shape)
         whole = tuning.gated_whole if gated else ()
-        if _is_first("divided", weight.shape, squares.shape[1], gated):
-            warm_up_divided(weight, squares.shape[1], launches, gated)
-            warm_up_divided(weight, 0, whole, gated)
+        columns = squares.shape[1]
+        warm_ups.start(
+            ("divided_linear", weight.shape, columns, gated),
+            lambda: divided_warm_ups(weight, columns, launches, gated) + divided_warm_ups(weight, 0, whole, gated),
+            weight.device,
+        )
         if 0 < len(normed) <= tuning.rows:
             return divided_linear(normed, Division(squares, normed.shape[1], eps), weight, launches, gated)
         if len(normed) and first_for(whole, *normed.shape):
@@ -158,15 +152,15 @@ def _added_linear(
     sums_eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from vllm_bamba.ops.add_rms_norm import add_rms_norm
-    from vllm_bamba.ops.skinny_linear import added_linear, squares_of, warm_up_added
+    from vllm_bamba.ops.skinny_linear import added_linear, added_warm_ups, squares_of
     from vllm_bamba.ops.skinny_linear.tuning import tuning_of
 
     division = None if sums is None else Division(sums, channels, sums_eps)
     if tuning := tuning_of(weight.device):
         launches = tuning.launches(*weight.shape)
         columns = 0 if sums is None else sums.shape[1]
-        if _is_first("added", weight.shape, columns):
-            warm_up_added(weight, columns, launches)
+        kernels = ("added_linear", weight.shape, columns)
+        warm_ups.start(kernels, lambda: added_warm_ups(weight, columns, launches), weight.device)
         if 0 < len(x) <= tuning.rows:
             return added_linear(x, weight, residual, norm, launches, division)
     total, normed = add_rms_norm(F.linear(x, weight), residual, norm, eps, division)

@@ -8,7 +8,7 @@ from helpers import DEVICE, assert_precise, randn
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vllm_bamba.ops.gated_norm import Division
-from vllm_bamba.ops.skinny_linear import added_linear, divided_linear, skinny_linear, warm_up_divided
+from vllm_bamba.ops.skinny_linear import added_linear, divided_linear, divided_warm_ups, skinny_linear
 from vllm_bamba.ops.skinny_linear.reference import divided_linear_reference, skinny_linear_reference
 from vllm_bamba.ops.skinny_linear.tuning import H100, H200, Launch, Tuning, fitting, tuning_for
 
@@ -212,7 +212,10 @@ def test_a_depth_that_some_launches_do_not_divide_is_served_by_the_others(tuning
             assert depth % launch.depth == 0
     x, division = randn(1, 3, 384, dtype=torch.bfloat16), division_of(3, 12, torch.float32)
     weight = randn(2, 64, 384, dtype=torch.bfloat16, scale=0.1)
-    warm_up_divided(weight, 12, tuning.gated, gated=True)
+    calls = divided_warm_ups(weight, 12, tuning.gated, gated=True)
+    assert len(calls) == len(fitting(tuning.gated, 384))
+    for call in calls:
+        call()
     y = divided_linear(x, division, weight, tuning.gated, gated=True)
     exact = divided_linear_reference(x.double(), double(division), weight.double(), gated=True)
     assert_precise(y, exact, divided_linear_reference(x, division, weight, gated=True), "gated")

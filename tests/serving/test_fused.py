@@ -24,6 +24,7 @@ from vllm_bamba.ops.skinny_linear import tuning
 from vllm_bamba.ops.skinny_linear.tuning import Launch, Tuning
 from vllm_bamba.prefix.options import active
 from vllm_bamba.state import EIGHT_BITS
+from vllm_bamba.warm_up import WarmUps
 
 FUSED = {"bamba_fused_step": True, "bamba_replay": 8}
 TESTS = pathlib.Path(__file__).parent.parent
@@ -203,7 +204,8 @@ def skinny(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(linear, "use_skinny_products", use)
     monkeypatch.setattr(tuning, "tuning_of", lambda device: made)
-    monkeypatch.setattr(stream, "_made", set())
+    for module in (stream, linear):
+        monkeypatch.setattr(module, "warm_ups", WarmUps())
     # vLLM's would put the weights in another order, for the CPU's own products
     monkeypatch.setattr(SkinnyLinearMethod, "process_weights_after_loading", lambda self, layer: None)
 

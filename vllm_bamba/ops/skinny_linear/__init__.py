@@ -1,6 +1,7 @@
 """A linear map of few rows: decode steps of small batches, which wait for nothing but weights."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_bamba.ops.gated_norm import Division, kernel_arguments
 from vllm_bamba.ops.skinny_linear.kernels import SUMMED, linear_kernel
 from vllm_bamba.ops.skinny_linear.tuning import Launch, first_for, fitting, launches_for
+from vllm_bamba.warm_up import Call
 
 
 class Sum(NamedTuple):
@@ -166,27 +168,36 @@ def _run(
     )  # fmt: skip
 
 
-def warm_up(weight: torch.Tensor) -> None:
-    """Have the kernels made that serve a weight [N, K], for rows of x that lie a multiple of 16 numbers apart.
+def skinny_warm_ups(weight: torch.Tensor) -> list[Call]:
+    """What has the kernels made that serve a weight [N, K], for rows of x that lie a multiple of 16 numbers apart.
 
     So do all of the released models on up to 16 ranks. Weights that divide alike by 16 share kernels.
     """
-    for launch in launches_for(weight):
-        skinny_linear(weight.new_zeros(launch.rows, weight.shape[1]), weight, [launch])
+    return [partial(_multiply, weight, launch) for launch in launches_for(weight)]
 
 
-def warm_up_divided(weight: torch.Tensor, columns: int, launches: Sequence[Launch], gated: bool) -> None:
+def divided_warm_ups(weight: torch.Tensor, columns: int, launches: Sequence[Launch], gated: bool) -> list[Call]:
     """The same of `divided_linear`, with so many columns of fp32 sums, or none."""
-    for launch in fitting(launches, weight.shape[1]):
-        x = weight.new_zeros(launch.rows, weight.shape[1])
-        sums = x.new_ones(launch.rows, columns, dtype=torch.float32)
-        divided_linear(x, Division(sums, 1, 0.0) if columns else None, weight, [launch], gated)
+    return [partial(_divide, weight, columns, launch, gated) for launch in fitting(launches, weight.shape[1])]
 
 
-def warm_up_added(weight: torch.Tensor, columns: int, launches: Sequence[Launch]) -> None:
+def added_warm_ups(weight: torch.Tensor, columns: int, launches: Sequence[Launch]) -> list[Call]:
     """The same of `added_linear`, with so many columns of sums behind x, or none."""
+    return [partial(_add, weight, columns, launch) for launch in launches]
+
+
+def _multiply(weight: torch.Tensor, launch: Launch) -> None:
+    skinny_linear(weight.new_zeros(launch.rows, weight.shape[1]), weight, [launch])
+
+
+def _divide(weight: torch.Tensor, columns: int, launch: Launch, gated: bool) -> None:
+    x = weight.new_zeros(launch.rows, weight.shape[1])
+    sums = x.new_ones(launch.rows, columns, dtype=torch.float32)
+    divided_linear(x, Division(sums, 1, 0.0) if columns else None, weight, [launch], gated)
+
+
+def _add(weight: torch.Tensor, columns: int, launch: Launch) -> None:
     outputs, depth = weight.shape
-    for launch in launches:
-        x, sums = weight.new_ones(launch.rows, depth + columns).split([depth, columns], 1)
-        division = Division(sums, 1, 0.0) if columns else None
-        added_linear(x, weight, x.new_zeros(launch.rows, outputs), x.new_zeros(outputs), [launch], division)
+    x, sums = weight.new_ones(launch.rows, depth + columns).split([depth, columns], 1)
+    division = Division(sums, 1, 0.0) if columns else None
+    added_linear(x, weight, x.new_zeros(launch.rows, outputs), x.new_zeros(outputs), [launch], division)

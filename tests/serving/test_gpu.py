@@ -146,13 +146,16 @@ def test_layers_whose_weights_come_when_they_are_called(tiny):
 @pytest.mark.parametrize("drafts", [1, 4])
 @pytest.mark.parametrize("step", [None, *STEPS.values()], ids=["with_prefix_caching", *STEPS])
 def test_drafted_tokens_change_no_answer(step, drafts, eager, tiny):
-    """Found by n-grams: some are accepted, and some taken back. With prefix caching the fused step gives way."""
+    """Found by n-grams: some are accepted, and some taken back. With prefix caching the fused step gives way.
+
+    Prompts of one token come while others decode.
+    """
     speculative = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     options = BF16 | {"enforce_eager": eager, "disable_log_stats": False, "speculative_config": speculative}
     options |= {} if step is None else {"enable_prefix_caching": False, "additional_config": step}
-    prompts = [3 * prompt for prompt in random_prompts([7, 20, 60, 1], vocabulary=1024)]
-    with Engine(tiny, **options) as engine:
-        answers = engine.answers(prompts, [60, 48, 30, 60], prompt_logprobs=False)
+    prompts = [3 * prompt for prompt in random_prompts([7, 20, 60, 1], vocabulary=1024)] + [[5], [9]]
+    with Engine(tiny, **options, max_num_seqs=4) as engine:
+        answers = engine.answers(prompts, [60, 48, 30, 60, 20, 20], prompt_logprobs=False)
         counted = {metric.name: metric.value for metric in engine.llm.get_metrics() if hasattr(metric, "value")}
     drafted, accepted = (counted[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
     assert 0 < accepted < drafted

@@ -1,6 +1,7 @@
 """The state-space recurrence over packed prefills (SSD, arXiv:2405.21060; equations in ../README.md)."""
 
 import functools
+from functools import partial
 
 import torch
 from vllm.platforms import current_platform
@@ -8,6 +9,7 @@ from vllm.platforms import current_platform
 from vllm_bamba.config import NO_TIME_STEP_LIMIT
 from vllm_bamba.ops.ssd_prefill.kernels import use_tuned_launches
 from vllm_bamba.state import PrefillPlan
+from vllm_bamba.warm_up import warm_ups
 
 if current_platform.is_cpu():
     from vllm_bamba.ops.ssd_prefill.cpu import scan
@@ -87,7 +89,21 @@ def warm_up(
     """
     if device.type == "cpu":
         return  # the C++ kernel is made already
-    use_tuned_launches(x[1], B[1], chunk_size, dtype, device)
+    run = partial(_run_one_chunk, x, B, chunk_size, dtype, state_dtype, device)
+    if use_tuned_launches(x[1], B[1], chunk_size, dtype, device):
+        warm_ups.start(("ssd_prefill", x, B, chunk_size, dtype, state_dtype), lambda: [run], device)
+    else:
+        run()  # tries launches out, which nothing else should disturb
+
+
+def _run_one_chunk(
+    x: tuple[int, int],
+    B: tuple[int, int],
+    chunk_size: int,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    device: torch.device,
+) -> None:
     tokens = {"dtype": dtype, "device": device}
     of_heads = torch.ones(x[0], **tokens)
     cache = torch.zeros(1, *x, B[1], dtype=state_dtype, device=device)

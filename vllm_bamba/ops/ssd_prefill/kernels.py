@@ -4,19 +4,24 @@ import torch
 from vllm.model_executor.layers.mamba.ops import ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_state_passing
 from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
 
-from vllm_bamba.compat import fix_launches
+from vllm_bamba.compat import autotuned_kernels, fix_launches
 from vllm_bamba.ops.ssd_prefill.tuning import launches_for
 from vllm_bamba.state import PrefillPlan
 
 MODULES = (ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_state_passing)
 
 
-def use_tuned_launches(head_dim: int, state: int, chunk_size: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Have the kernels launched as the table says, where it has this GPU."""
+def use_tuned_launches(head_dim: int, state: int, chunk_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Have the kernels launched as the table says, where it has this GPU.
+
+    Returns:
+        Whether nothing is left to be tried out.
+    """
     if device.type != "cuda" or dtype != torch.bfloat16:
-        return
+        return False
     capability = torch.cuda.get_device_capability(device)
     fix_launches(launches_for(capability, (head_dim, state, chunk_size)), *MODULES)
+    return all(len(kernel.configs) == 1 for kernel in autotuned_kernels(*MODULES).values())
 
 
 def scan(

@@ -24,6 +24,7 @@ class Traffic:
     hits: int = 0  # requests that found something in the cache
     of_prompts: int = 0  # requests that asked for their prompt's logprobs
     preempted: int = 0
+    in_place: set[str] = field(default_factory=set)  # requests whose answers had no blocks to move to
 
 
 def traffic(engine: Engine, seed: int, requests: int) -> Traffic:
@@ -40,7 +41,10 @@ def traffic(engine: Engine, seed: int, requests: int) -> Traffic:
         preempt(*args, **kwargs)
 
     def step() -> None:
-        for output in inner.step():
+        outputs = inner.step()
+        if hasattr(engine.scheduler, "slots"):
+            seen.in_place |= engine.scheduler.slots._in_place
+        for output in outputs:
             if output.finished and output.request_id not in aborted and output.outputs[0].finish_reason == "length":
                 answer = _answer(output)
                 seen.answers.append(answer)

@@ -188,6 +188,7 @@ def test_random_traffic_answers_as_one_by_one_without_a_cache(
     assert of_all.of_prompts >= 5
     if name == "tight":
         assert of_all.preempted, "the cache is not tight: choose a smaller one"
+        assert of_all.in_place
     assert of_all.hits >= (3 if name == "tight" else 15)
     for answer, expected in zip(of_all.answers, alone[name], strict=True):
         given = torch.tensor(answer.logprobs)

@@ -3,7 +3,6 @@
 import pathlib
 import random
 import sys
-from types import SimpleNamespace
 
 import pytest
 from vllm.sampling_params import SamplingParams
@@ -15,7 +14,7 @@ import vllm_bamba
 from benchmarks import prefix_hits as scenario
 from benchmarks.simulator import Geometry, Seen, Simulator
 from vllm_bamba.prefix import scheduler
-from vllm_bamba.prefix.managers import BambaStateManager
+from vllm_bamba.prefix.managers import BambaStateManager, OnlyWhereDue
 
 vllm_bamba.register()
 text = scenario.text
@@ -183,7 +182,7 @@ def assert_consistent(engine: Simulator) -> None:
     pool, slots = engine.scheduler.kv_cache_manager.block_pool, engine.scheduler.slots
     assert pool.get_num_free_blocks() == engine.geometry.blocks - 1
     assert slots.plans == slots.prefilled == {}
-    assert slots._withdrawn == set()
+    assert slots._withdrawn == slots._in_place == set()
     managers = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
     assert [m._last_block for m in managers if isinstance(m, BambaStateManager)] == [{}] * engine.geometry.mamba_groups
     for key, states in slots._states.items():
@@ -277,6 +276,38 @@ def test_the_state_of_a_prompt_is_not_taken_for_that_of_its_answer(tokens: int) 
     assert engine.wrong == []
 
 
+@anchored_or_not
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("lengths", ["equal", "mixed"])
+def test_a_full_cache_preempts_nearly_nobody(lengths: str, asynchronous: bool, anchored: bool) -> None:
+    """Answers at the end of a unit need blocks, and so do prompts with a slot inside: others are not to pay for it."""
+    rng, engine = random.Random(3), Simulator(Geometry(blocks=200), asynchronous=asynchronous, anchored=anchored)
+    needed = 0
+    for i in range(60):
+        prompt, answer = (200, 150) if lengths == "equal" else (rng.randrange(100, 400), rng.randrange(50, 300))
+        needed += prompt + answer - 1
+        engine.add(text(i, prompt), answer)
+    engine.finish()
+    assert engine.wrong == []
+    assert_consistent(engine)
+    assert sum(sum(seen.chunks) for seen in engine.seen.values()) <= 1.02 * needed
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_answer_without_blocks_to_move_to_goes_on_in_its_own(asynchronous: bool) -> None:
+    engine = Simulator(Geometry(blocks=47), asynchronous=asynchronous)
+    names = [engine.add(text(i, 100), answer=200) for i in range(4)]
+    in_place: set[str] = set()
+    while engine.scheduler.has_unfinished_requests():
+        engine.step()
+        in_place |= engine.scheduler.slots._in_place
+    engine.finish()
+    assert in_place
+    assert engine.wrong == []
+    assert [sum(engine.seen[name].chunks) for name in names] == [299] * 4  # nothing twice
+    assert_consistent(engine)
+
+
 @pytest.mark.parametrize(("unit", "anchored"), [(16, False), (32, False), (16, True)])
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("seed", [3, 5, 6, 10])  # 5 and 10: attention blocks of 80 tokens, which 32 does not divide
@@ -284,7 +315,8 @@ def test_groups_need_not_be_asked_where_nothing_is_due(
     seed: int, asynchronous: bool, unit: int, anchored: bool, monkeypatch
 ) -> None:
     asked_where_due = drive(seed, asynchronous=asynchronous, unit=unit, anchored=anchored)
-    monkeypatch.setattr(scheduler, "OnlyWhereDue", lambda manager: SimpleNamespace(forget=lambda request: None))
+    monkeypatch.setattr(OnlyWhereDue, "allocate_slots", OnlyWhereDue.ask)
+    monkeypatch.setattr(OnlyWhereDue, "cache_blocks", lambda due, *args: due._cache(*args))
     asked_always = drive(seed, asynchronous=asynchronous, unit=unit, anchored=anchored)
     assert asked_where_due.seen == asked_always.seen
     assert asked_where_due.worker.tables == asked_always.worker.tables
@@ -402,10 +434,12 @@ def test_a_prompts_end_costs_no_step_of_its_own(asynchronous: bool) -> None:
 
 
 def test_where_memory_is_short_a_prefill_stops_at_its_prompts_end() -> None:
-    """Two states at once would take more blocks than there are."""
+    """Two states at once, and the one that it starts from, would take more blocks than there are."""
     engine = Simulator(Geometry(attention_block=32, mamba_groups=3, blocks=15, max_tokens=200))
-    assert engine.ask(text(1, 200 - 60)).chunks == [128, 12]
-    assert engine.ask(text(1, 200 - 60)).hit == 128
+    assert engine.ask(text(1, 140)).chunks == [140]
+    longer = engine.ask(text(1, 140) + text(2, 40))
+    assert (longer.hit, longer.chunks) == (128, [48, 4])
+    assert engine.ask(text(1, 140) + text(2, 40)).hit == 176
     assert engine.wrong == []
 
 

@@ -236,6 +236,11 @@ def test_random_traffic_that_is_preempted_equals_transformers(tiny):
     assert check_random_traffic(STEPS["fused_step"], tiny, blocks=40).preempted
 
 
+def test_answers_without_blocks_to_move_to_equal_transformers(tiny):
+    """vLLM's operators have slots that are not anchored."""
+    assert check_random_traffic(STEPS["vllm_step"], tiny, blocks=40).in_place
+
+
 @pytest.mark.gpu2
 @each_step
 @pytest.mark.parametrize("split", ["tensor_parallel_size", "pipeline_parallel_size"])

@@ -25,7 +25,7 @@ from vllm_bamba.prefix.slots import Slots
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
-AHEAD = 64  # columns of a block table that an anchored answer is given at a time
+AHEAD = 64  # columns of a block table that an answer in place is given at a time
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class BambaStateManager(MambaManager):
     Anchored slots (`state.SlotFormat`) have a third way: an answer goes on in one and the same block. Here it stays the
     request's last; in the worker's block table it stands in all columns to come, of which the worker is told some in
     advance. When the answer ends the block still has the state at the last unit, and is keyed; a step that is in flight
-    then does not change that.
+    then does not change that. Without anchors an answer goes on like that where there are no blocks to move to, and leaves
+    no slot.
     """
 
     def __init__(self, kv_cache_spec: Any, block_pool: BlockPool, **kwargs: Any):
@@ -59,7 +60,7 @@ class BambaStateManager(MambaManager):
         self.slots = Slots.of(block_pool)
         self.slots.states.append(self)
         self._last_block: dict[str, int] = {}  # of each request, the block of its last token that is done
-        self._columns: dict[str, int] = {}  # of each anchored answer, columns that the worker has been told
+        self._columns: dict[str, int] = {}  # of each answer in place, columns that the worker has been told
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
@@ -104,13 +105,13 @@ class BambaStateManager(MambaManager):
         return allocated
 
     def stays(self, request_id: str, tokens: int) -> bool:
-        """Whether an anchored answer that has so many tokens, and gets one, has left its block's unit and stays in it.
+        """Whether an answer in place that has so many tokens, and gets one, has left its block's unit and stays in it.
 
         No prefill gets here: it ends at `prefilled` or one token later.
         """
         blocks = self.req_to_blocks[request_id]
         return (
-            self.slots.anchored
+            self.slots.goes_on_in_place(request_id)
             and tokens >= len(blocks) * self.block_size
             and tokens > self.slots.prefilled[request_id]
             and self.block_pool.is_block_writable(blocks[-1])
@@ -137,7 +138,7 @@ class BambaStateManager(MambaManager):
         """Have a request's last block stand where the last of so many tokens is: the worker is told of all again."""
         blocks = self.req_to_blocks[request_id]
         missing = -(-tokens // self.block_size) - len(blocks)
-        if missing > 0:  # an anchored answer's
+        if missing > 0:  # of an answer in place
             blocks[-1:] = [self._null_block] * missing + blocks[-1:]
         self._columns.pop(request_id, None)
 
@@ -147,7 +148,7 @@ class BambaStateManager(MambaManager):
         Before the block of the last call there are none any more.
         """
         blocks = self.req_to_blocks[request_id]
-        done = min(processed_computed_tokens, len(blocks) * self.block_size)  # an anchored answer stays in the last one
+        done = min(processed_computed_tokens, len(blocks) * self.block_size)  # an answer in place stays in the last one
         last, before = (done - 1) // self.block_size, self._last_block.get(request_id, 0)
         self._last_block[request_id] = max(last, before)
         if not all(block.is_null for block in blocks[before : max(last, 0)]):
@@ -169,7 +170,8 @@ class BambaStateManager(MambaManager):
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         self.num_cached_block[request.request_id] = num_tokens // self.block_size
         blocks = self.req_to_blocks[request.request_id]
-        last = self.slots.prefilled[request.request_id] if self.slots.anchored else num_tokens  # answers: see `leave`
+        in_place = self.slots.goes_on_in_place(request.request_id)  # anchored ones leave a slot when they end
+        last = self.slots.prefilled[request.request_id] if in_place else num_tokens
         for position in (self.slots.inner(request.request_id), num_tokens):
             if 0 < position <= min(last, len(blocks) * self.block_size) and position % self.block_size == 0:
                 self._key(request, position, blocks[position // self.block_size - 1])
@@ -346,12 +348,22 @@ class OnlyWhereDue:
                 blocks = self.manager.create_kv_cache_blocks(tuple(m.go_on(request_id, end - 1) for m in managers))
             self.slots.text.cache_answer(request, known)
         else:
-            given = self._allocate(request, num_new_tokens, num_new_computed_tokens, **more)
+            given = self.ask(request, num_new_tokens, num_new_computed_tokens, **more)
             if given is None:
                 return None
             blocks, settled = given, False
         self._places[request_id] = Place(*place, freed, settled)
         return blocks
+
+    def ask(
+        self, request: Request, num_new_tokens: int, num_new_computed_tokens: int = 0, **more: Any
+    ) -> KVCacheBlocks | None:
+        """All groups; where one lacks blocks an answer may do without."""
+        given = self._allocate(request, num_new_tokens, num_new_computed_tokens, **more)
+        tokens = request.num_computed_tokens + num_new_computed_tokens + num_new_tokens - 1
+        if given is None and self.slots is not None and self.slots.keep_in_place(request.request_id, tokens):
+            given = self._allocate(request, num_new_tokens, num_new_computed_tokens, **more)
+        return given
 
     def _give_back(self, request: Request, done: int) -> bool:
         """What `done` tokens do not need any more; returns whether that is all there will be while an answer stays."""

@@ -65,8 +65,8 @@ class PrefixAware(Sparing):
             return num_new_tokens
         if not self.slots.takes_prefill(request.request_id):
             return 0
-        unit = 2 * self.hash_block_size
-        if request.num_computed_tokens == 0:
+        unit, is_new = 2 * self.hash_block_size, request.num_computed_tokens == 0
+        if is_new:
             self.slots.plans[request.request_id] = plan_prefill(
                 request.num_tokens,
                 start,
@@ -77,7 +77,10 @@ class PrefixAware(Sparing):
                 roomy=self.slots.table.roomy,
             )
         end, plan = start + num_new_tokens, self.slots.plans.get(request.request_id, {})
-        kept = inner_position(start, end, unit) if self.slots.room_inside(request.request_id, end) else 0
+        roomy = self.slots.room_inside(request.request_id, end, copies=is_new and start > 0)
+        if is_new and plan and self.running and not roomy:
+            return 0  # it would come to its first slot, and be preempted there
+        kept = inner_position(start, end, unit) if roomy else 0
         tokens = chunk_tokens(start, num_new_tokens, plan, kept)
         self.slots.keeps_inside(request.request_id, kept if tokens == num_new_tokens and kept in plan else 0)
         return tokens

@@ -41,6 +41,7 @@ class Slots:
         self._lineage: defaultdict[str, list[Key]] = defaultdict(list)
         self._newest: dict[str, Key] = {}  # of each answer
         self._step: defaultdict[str, list[Key]] = defaultdict(list)
+        self._in_place: set[str] = set()  # answers for which there were no blocks to move to
         self._prefills: set[str] = set()
         self._withdrawn: set[str] = set()
         self._inner: dict[str, int] = {}
@@ -84,12 +85,14 @@ class Slots:
             self._prefills.add(request_id)
         return request_id in self._prefills
 
-    def room_inside(self, request_id: str, end: int) -> bool:
-        """Whether a prefill up to `end` can have a second state in its step without taking others' blocks."""
+    def room_inside(self, request_id: str, end: int, copies: bool) -> bool:
+        """Whether a prefill up to `end` can have a second state without taking others' blocks.
+
+        It `copies` the state and the text's last block of another one where it starts from them.
+        """
         attention = self.text
         more = -(-end // attention.block_size) - len(attention.req_to_blocks.get(request_id, ()))
-        copied = self.groups + 1  # where it starts from another text's state
-        return self.pool.get_num_free_blocks() >= more + 2 * self.groups + copied
+        return self.pool.get_num_free_blocks() >= more + 2 * self.groups + (self.groups + 1 if copies else 0)
 
     def keeps_inside(self, request_id: str, position: int) -> None:
         """The step that is being scheduled leaves the state at this position, too; 0: none."""
@@ -124,9 +127,31 @@ class Slots:
         for of_request in (self.plans, self.prefilled, self._lineage, self._newest):
             of_request.pop(request_id, None)
         self._withdrawn.discard(request_id)
+        self._in_place.discard(request_id)
+
+    def goes_on_in_place(self, request_id: str) -> bool:
+        """Whether an answer's blocks take its next states, too, behind the end of their unit."""
+        return self.anchored or request_id in self._in_place
+
+    def keep_in_place(self, request_id: str, tokens: int) -> bool:
+        """Have an answer that has so many tokens, and for the next one no free blocks, go on in those that it has.
+
+        It leaves no slots from then on, and the ones that these blocks are go: nobody has to be preempted for them.
+
+        Returns:
+            Whether that helps: blocks are lacking for its states, and those that it has are its own.
+        """
+        blocks = [states.req_to_blocks[request_id] for states in self.states]
+        moves = tokens > self.prefilled.get(request_id, tokens) and tokens >= len(blocks[0]) * self.states[0].block_size
+        if self.goes_on_in_place(request_id) or not moves or any(of_group[-1].ref_cnt > 1 for of_group in blocks):
+            return False
+        for of_group in blocks:
+            self._drop_owners(of_group[-1])
+        self._in_place.add(request_id)
+        return True
 
     def stays(self, request_id: str, tokens: int) -> bool:
-        """Whether an anchored answer that has so many tokens stays in its blocks with one more, and fills none.
+        """Whether an answer that goes on in place, and has so many tokens, does so with one more and fills no text's.
 
         The last of them may not be known yet, but no more: vLLM schedules one step of a request ahead.
         """

@@ -114,7 +114,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -452,11 +452,14 @@ def measure_system_messages(wanted: Callable[[VllmConfig], bool]) -> None:
     render, render_async = BaseRenderer.render_chat, BaseRenderer.render_chat_async
     process = InputProcessor.process_inputs
 
+    def for_any_answer(tok_params: Any) -> Any:  # how long it may get decides nothing about a prompt's beginning
+        return tok_params and replace(tok_params, max_output_tokens=0)
+
     @functools.wraps(render)
     def render_chat(self: Any, chats: Any, chat_params: Any, tok_params: Any = None, **more: Any) -> Any:
         rendered = render(self, chats, chat_params, tok_params, **more)
         if wanted(self.config):
-            parts, settings = SystemParts.of(self), (chat_params, tok_params)
+            parts, settings = SystemParts.of(self), (chat_params, for_any_answer(tok_params))
             for probes in parts.probes(chats, settings):
                 try:
                     prompts = render(self, probes, chat_params, tok_params, **more)[1]
@@ -470,7 +473,7 @@ def measure_system_messages(wanted: Callable[[VllmConfig], bool]) -> None:
     async def render_chat_async(self: Any, chats: Any, chat_params: Any, tok_params: Any = None, **more: Any) -> Any:
         rendered = await render_async(self, chats, chat_params, tok_params, **more)
         if wanted(self.config):
-            parts, settings = SystemParts.of(self), (chat_params, tok_params)
+            parts, settings = SystemParts.of(self), (chat_params, for_any_answer(tok_params))
             for probes in parts.probes(chats, settings):
                 try:
                     prompts = (await render_async(self, probes, chat_params, tok_params, **more))[1]

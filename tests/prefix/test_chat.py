@@ -4,6 +4,7 @@ import pytest
 from parity import LIMIT, Engine, Reference, _answer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from vllm import SamplingParams
+from vllm.renderers.params import ChatParams, TokenizeParams
 
 from vllm_bamba.prefix.chat import KEY, REMEMBERED, SystemParts, system_messages
 
@@ -125,6 +126,16 @@ def test_the_second_chat_with_a_system_message_hits_it_and_is_right(
         output = chat(engine, SYSTEM, user(question))
         assert output.num_cached_tokens == ends // 16 * 16
         reference.check(_answer(output), LIMIT)
+
+
+def test_answers_of_other_lengths_have_the_same_system_messages(engine: Engine) -> None:
+    renderer, chat = engine.llm.llm_engine.renderer, [{"role": "system", "content": "Once."}, user("Hello")]
+    before = len(SystemParts.of(renderer)._known)
+    for tokens in (10, 20, 30):
+        limits = TokenizeParams(max_total_tokens=2048, max_output_tokens=tokens)
+        prompts = renderer.render_chat([chat], ChatParams(), limits)[1]
+        assert prompts[0][KEY] > 0
+    assert len(SystemParts.of(renderer)._known) == before + 1
 
 
 def test_what_a_chat_itself_says_it_shares_comes_first(engine: Engine) -> None:

@@ -52,7 +52,9 @@ class SystemParts:
     def mark(self, chats: Sequence[Sequence[Any]], settings: object, prompts: Sequence[Any]) -> None:
         """Enter in each prompt how many of its tokens belong to its chat's system messages, where that is known."""
         for chat, prompt in zip(chats, prompts, strict=True):
-            name = _name(system_messages(chat), settings)
+            if not (head := system_messages(chat)):
+                continue
+            name = _name(head, settings)
             if start := self._known.get(name):
                 self._known.move_to_end(name)
                 prompt[KEY] = len(common_start(start, prompt.get("prompt_token_ids") or []))

@@ -51,8 +51,8 @@ class BambaStateManager(MambaManager):
     Anchored slots (`state.SlotFormat`) have a third way: an answer goes on in one and the same block. Here it stays the
     request's last; in the worker's block table it stands in all columns to come, of which the worker is told some in
     advance. When the answer ends the block still has the state at the last unit, and is keyed; a step that is in flight
-    then does not change that. Without anchors an answer goes on like that where there are no blocks to move to, and leaves
-    no slot.
+    then does not change that. Without anchors an answer goes on like that where there are no blocks to move to, and
+    leaves no slot.
     """
 
     def __init__(self, kv_cache_spec: Any, block_pool: BlockPool, **kwargs: Any):

@@ -228,6 +228,17 @@ def test_a_model_that_is_complete_takes_some_weights_but_none_left_over() -> Non
         load_weights(model, shape, [("model.other", torch.ones(1))], partial=True)
 
 
+@pytest.mark.parametrize("method", [None, "no_post_processing"])
+def test_a_classifier_that_vllm_makes_of_the_head_is_not_missing(method: str | None) -> None:
+    model, shape, state = prepared()
+    model.score, model.config = Plain(2, shape.hidden_size), SimpleNamespace(method=method)
+    if method:
+        assert "score.weight" not in load_weights(model, shape, state.items())
+        return
+    with pytest.raises(ValueError, match=r"Missing 1: score\.weight"):
+        load_weights(model, shape, state.items())
+
+
 def test_weights_left_over_and_missing_are_counted_and_named() -> None:
     model, shape, state = prepared(mamba_conv_bias=True)
     extra = {f"model.layers.0.mamba.extra{i}": torch.ones(1) for i in range(10)}
@@ -268,6 +279,18 @@ def test_a_weight_of_another_shape_is_refused_by_name(name: str, rows: int) -> N
     with pytest.raises(ValueError, match=rf"{name} of shape \({len(whole) + rows}\D") as error:
         load_weights(model, shape, state.items())
     assert "does not fit" in str(error.value)
+
+
+def test_integers_of_another_shape_are_refused_by_name() -> None:
+    model, shape, state = prepared()
+    name = "model.layers.0.mamba.in_proj.weight"
+
+    def load(parameter: nn.Parameter, loaded: torch.Tensor) -> None:  # as vLLM's loaders of quantised weights
+        parameter.data.copy_(loaded.narrow(0, 0, len(parameter)))
+
+    dict(model.named_parameters())[name].weight_loader = load
+    with pytest.raises(ValueError, match=rf"{name} of shape \(7, 7\) does not fit"):
+        load_weights(model, shape, (state | {name: torch.ones(7, 7, dtype=torch.int8)}).items())
 
 
 def test_a_convolution_of_another_width_is_refused() -> None:

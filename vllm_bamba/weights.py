@@ -61,11 +61,13 @@ def load_weights(model: nn.Module, shape: BambaShape, weights: Weights, partial:
         _load(name, parameters[target], place, tensor)
         loaded.add((target, place))
 
+    config = getattr(model, "config", None)
+    made = ("score.",) if getattr(config, "method", None) else ()  # a classifier that vLLM makes of lm_head
     missing = [
         _checkpoint_name(name, place)
         for name in parameters
         for place in _places(name)
-        if (name, place) not in loaded and not name.endswith(OPTIONAL)
+        if (name, place) not in loaded and not name.endswith(OPTIONAL) and not name.startswith(made)
     ]
     if partial:
         missing = []
@@ -200,7 +202,7 @@ def _load(name: str, parameter: nn.Parameter, place: str | int | None, tensor: t
             loader(parameter, tensor)
         else:
             loader(parameter, tensor, place)
-    except (AssertionError, ValueError, IndexError) as error:
+    except (AssertionError, ValueError, IndexError, RuntimeError) as error:
         raise ValueError(_misfit(name, tensor, str(error) or f"expected part of {tuple(parameter.shape)}")) from error
 
 

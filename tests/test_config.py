@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, BambaConfig
 from transformers.models.bamba import modeling_bamba
 from vllm.config import CUDAGraphMode
+from vllm.config.mamba import MambaBackendEnum
 
 from vllm_bamba import compat
 from vllm_bamba.config import NO_TIME_STEP_LIMIT, BambaServingConfig, BambaShape
@@ -287,6 +288,8 @@ def engine(**changes: object) -> SimpleNamespace:
         "inductor": {},
         "prefetched": 0,
         "offload_backend": "auto",
+        "mamba_backend": "TRITON",
+        "rounds_at_random": False,
     } | changes
     return SimpleNamespace(
         model_config=SimpleNamespace(
@@ -312,6 +315,9 @@ def engine(**changes: object) -> SimpleNamespace:
             offload_backend=values["offload_backend"], prefetch=SimpleNamespace(offload_group_size=values["prefetched"])
         ),
         compilation_config=SimpleNamespace(inductor_compile_config=values["inductor"]),
+        mamba_config=SimpleNamespace(
+            backend=MambaBackendEnum[values["mamba_backend"]], enable_stochastic_rounding=values["rounds_at_random"]
+        ),
         additional_config={},
         speculative_config=object() if values["drafts"] else None,
         num_speculative_tokens=values["drafts"],
@@ -416,6 +422,22 @@ def test_drafts_that_the_fused_step_cannot_take_back_are_refused(
             check_step(config, shape)
 
 
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [({"mamba_backend": "FLASHINFER"}, "--mamba-backend"), ({"rounds_at_random": True}, "stochastic-rounding")],
+)
+def test_the_fused_step_refuses_what_is_asked_of_vllms_kernels(
+    changes: dict[str, object], flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    config = engine(**changes)
+    shape = BambaShape.from_hf(config.model_config.hf_config)
+    check_step(config, shape)
+    config.additional_config = {"bamba_fused_step": True}
+    with pytest.raises(ValueError, match=f"bamba_fused_step cannot be used here: .*{flag}"):
+        check_step(config, shape)
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["vllm_step", "fused_step"])
 @pytest.mark.parametrize(
     ("changes", "refused"),
@@ -461,6 +483,8 @@ def test_drafts_in_full_graphs_of_model_runner_v1_are_refused(
         ("blocks go to other engines", (9, 0), {"connector": object()}),
         ("blocks go to the host", (9, 0), {"offloading": 1.0}),
         ("fp16", (9, 0), {"dtype": torch.float16}),
+        ("FlashInfer's kernels", (9, 0), {"mamba_backend": "FLASHINFER"}),
+        ("vLLM's rounding", (9, 0), {"rounds_at_random": True}),
         ("a head of 24", (9, 0), {"hf_config": raw(mamba_d_head=24, mamba_n_heads=16, hidden_size=192)}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

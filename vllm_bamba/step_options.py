@@ -143,7 +143,7 @@ def _obstacle(
     eight_bits: torch.dtype | None = None,
 ) -> str | None:
     """What the fused step cannot do; only with drafts does `replay` matter."""
-    drafts = vllm_config.num_speculative_tokens
+    drafts, mamba = vllm_config.num_speculative_tokens, vllm_config.mamba_config
     fitting = [str(tokens) for tokens in REPLAYS if tokens > 2 * drafts]
     sizes = {"mamba_d_head": shape.mamba_head_dim, "mamba_d_state": shape.mamba_state}
     odd = [
@@ -161,6 +161,10 @@ def _obstacle(
         ),
         f"{drafts} drafted tokens do not fit bamba_replay {replay} ({' and '.join(fitting) or 'none'} would do)": (
             drafts > 0 and replay <= 2 * drafts
+        ),
+        "--mamba-backend asks for other kernels": mamba.backend.name != "TRITON",
+        "--enable-mamba-cache-stochastic-rounding is for vLLM's (8-bit states are rounded so anyway)": (
+            mamba.enable_stochastic_rounding
         ),
         "there is no NVIDIA GPU": not current_platform.is_cuda() and os.environ.get("TRITON_INTERPRET") != "1",
     }

@@ -31,7 +31,7 @@ from vllm.platforms import current_platform
 
 from vllm_bamba.compat import moves_blocks
 from vllm_bamba.options import given_options
-from vllm_bamba.prefix.options import active
+from vllm_bamba.prefix.options import active, unit_of
 from vllm_bamba.state import EIGHT_BITS, SlotFormat, mixer_shard, state_dtypes, state_shapes
 
 if TYPE_CHECKING:
@@ -176,8 +176,7 @@ def anchors_slots(vllm_config: VllmConfig, replay: int) -> bool:
 
     Model Runner V2 asks `model_state.py`, which has the rings folded, at the end of every unit of prefix slots.
     """
-    half = vllm_config.cache_config.prefix_match_unit
-    return active(vllm_config) and vllm_config.use_v2_model_runner and half is not None and replay >= 2 * half
+    return active(vllm_config) and vllm_config.use_v2_model_runner and replay >= unit_of(vllm_config)
 
 
 def slot_format(vllm_config: VllmConfig, shape: BambaShape) -> SlotFormat | None:

@@ -198,7 +198,7 @@ class BambaAttentionManager(FullAttentionManager):
         self.slots.attention = self
         self.unit = 2 * block_pool.hash_block_size
         self._keyed: dict[str, int] = {}  # tokens up to which a request's blocks have keys
-        self._step: defaultdict[str, list[KVCacheBlock]] = defaultdict(list)
+        self._keyed_in_step: defaultdict[str, list[KVCacheBlock]] = defaultdict(list)
 
     def blocks_of(self, request_id: str, position: int) -> list[KVCacheBlock]:
         """The blocks that hold the request's first `position` tokens."""
@@ -206,7 +206,7 @@ class BambaAttentionManager(FullAttentionManager):
 
     def new_step_starts(self) -> None:
         super().new_step_starts()
-        self._step.clear()
+        self._keyed_in_step.clear()
         self.slots.new_step()
 
     def get_num_blocks_to_allocate(
@@ -221,7 +221,7 @@ class BambaAttentionManager(FullAttentionManager):
     ) -> int:
         if num_local_computed_tokens % self.block_size and new_computed_blocks:
             tail = new_computed_blocks[-1]
-            if any(tail is block for blocks in self._step.values() for block in blocks):
+            if any(tail is block for blocks in self._keyed_in_step.values() for block in blocks):
                 # this step writes the block that a hit would copy before the step: more than there is, so wait
                 return self.block_pool.num_gpu_blocks + 1
         return super().get_num_blocks_to_allocate(
@@ -268,14 +268,14 @@ class BambaAttentionManager(FullAttentionManager):
             hashed = request.block_hashes[position // self.block_pool.hash_block_size - 1]
             add_key(self.block_pool, block, hashed, self.kv_cache_group_id, position)
         if positions:
-            self._step[request.request_id].append(block)
+            self._keyed_in_step[request.request_id].append(block)
 
     def go_on(self, request_id: str, tokens: int) -> list[KVCacheBlock]:
         """None: the next token has room in the last block."""
         return []
 
     def keyed_in_this_step(self, request_id: str) -> list[KVCacheBlock]:
-        return self._step.get(request_id, [])
+        return self._keyed_in_step.get(request_id, [])
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._keyed.pop(request_id, None)

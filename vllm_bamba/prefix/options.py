@@ -98,6 +98,13 @@ def active(vllm_config: VllmConfig) -> bool:
     return vllm_config.cache_config.enable_prefix_caching and vllm_config.scheduler_config.scheduler_cls == SCHEDULER
 
 
+def unit_of(vllm_config: VllmConfig) -> int:
+    """Tokens between two slots, where there are any; `configure` leaves vLLM's option, and hashes, at half of them."""
+    half = vllm_config.cache_config.prefix_match_unit
+    assert half is not None
+    return 2 * half
+
+
 def configure(vllm_config: VllmConfig, has_attention: bool = True) -> None:
     """Turn slots on, or say why there are none; `has_attention`: whether the model has an attention layer.
 
@@ -182,8 +189,7 @@ def state_spec(spec: KVCacheSpec, vllm_config: VllmConfig) -> KVCacheSpec:
         return spec
     from vllm_bamba.prefix.managers import BambaStateSpec
 
-    assert cache.prefix_match_unit is not None
-    unit = 2 * cache.prefix_match_unit
+    unit = unit_of(vllm_config)
     set_state_block(vllm_config, unit)
     return replace_spec(BambaStateSpec, spec, block_size=unit)
 

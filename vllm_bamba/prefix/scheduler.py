@@ -13,7 +13,7 @@ from vllm.v1.request import Request
 
 from vllm_bamba.config import BambaShape
 from vllm_bamba.prefix.managers import OnlyWhereDue
-from vllm_bamba.prefix.options import SlotOptions, active, shared_tokens, system_tokens
+from vllm_bamba.prefix.options import SlotOptions, active, shared_tokens, system_tokens, unit_of
 from vllm_bamba.prefix.policy import chunk_tokens, inner_position, plan_prefill
 from vllm_bamba.prefix.slots import Slots
 from vllm_bamba.step_options import slot_format
@@ -65,7 +65,7 @@ class PrefixAware(Sparing):
             return num_new_tokens
         if not self.slots.takes_prefill(request.request_id):
             return 0
-        unit, is_new = 2 * self.hash_block_size, request.num_computed_tokens == 0
+        unit, is_new = unit_of(self.vllm_config), request.num_computed_tokens == 0
         if is_new:
             self.slots.plans[request.request_id] = plan_prefill(
                 request.num_tokens,

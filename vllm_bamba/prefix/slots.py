@@ -30,7 +30,9 @@ class Slots:
         self.states: list[BambaStateManager] = []
         self.anchored = False  # as `state.SlotFormat` has it
         self.columns = 0  # of the worker's block table of states
-        self.prefilled: dict[str, int] = {}  # of each request, tokens up to which it is prefilled, or one less
+        # of each request, tokens up to which it is prefilled; one less where the last of them is an answer's (after a
+        # preemption): a step for that token alone is a decode
+        self.prefilled: dict[str, int] = {}
         self.appended: set[str] = set()  # requests whose states got a block in this step, which only it will fill
         self.attention: BambaAttentionManager | None = None
         self.table = SlotTable(0)
@@ -40,7 +42,7 @@ class Slots:
         self._owners: dict[int, dict[Key, None]] = {}  # block id -> slots that hold it, in order
         self._lineage: defaultdict[str, list[Key]] = defaultdict(list)
         self._newest: dict[str, Key] = {}  # of each answer
-        self._step: defaultdict[str, list[Key]] = defaultdict(list)
+        self._made_in_step: defaultdict[str, list[Key]] = defaultdict(list)
         self._in_place: set[str] = set()  # answers for which there were no blocks to move to
         self._prefills: set[str] = set()
         self._withdrawn: set[str] = set()
@@ -73,7 +75,7 @@ class Slots:
     # a request's way through the scheduler
 
     def new_step(self) -> None:
-        self._step.clear()
+        self._made_in_step.clear()
         self.appended.clear()
         self._prefills.clear()
         self._inner.clear()
@@ -181,7 +183,7 @@ class Slots:
         self._inner.pop(request_id, None)
         if request_id in self.appended:
             self._withdrawn.add(request_id)
-        for key in self._step.pop(request_id, ()):
+        for key in self._made_in_step.pop(request_id, ()):
             if key in self.table:
                 self._drop(key)
         for block in blocks:
@@ -234,7 +236,7 @@ class Slots:
         self._texts[key] = text
         for block in text:
             self._own(key, block)
-        self._step[request_id].append(key)
+        self._made_in_step[request_id].append(key)
         if kind is Kind.ANSWER:
             self._newest[request_id] = key
         return True

@@ -13,11 +13,18 @@ from typing import Any
 
 import pytest
 
-from vllm_bamba.ops.mixer_step.tuning import DEFAULT_WARPS, PREPARE, PREPARE_AND_FOLD, PREPARE_DRAFTS, WARPS
+from vllm_bamba.ops.mixer_step.tuning import (
+    DEFAULT_WARPS,
+    DRAFT_WARPS,
+    PREPARE,
+    PREPARE_AND_FOLD,
+    PREPARE_DRAFTS,
+    WARPS,
+)
 from vllm_bamba.ops.skinny_linear.tuning import H100, H200
 
 SHAPE = {"HEADS": 128, "HEAD_DIM": 64, "GROUPS": 1, "STATE": 128, "WIDTH": 4, "DRAFTS": 0, "BIAS": True}
-FP32 = {"a_ptr", "scale", "ring_dt", "states", "factors", "squares"}
+FP32 = {"a_ptr", "scale", "ring_dt", "states", "factors", "products", "squares"}
 FLOATS = {"dt_low", "dt_high", "share", "eps", "earlier_eps"}
 INT32 = {"slots", "lengths", "query_start_loc", "moves", "groups", "anchor"}
 INT64 = {"tables", "offsets", "decays"}
@@ -43,13 +50,19 @@ STEP += [
 STEP += [{"kernel": "replay", "state": "i8", "REPLAY": 16, "STATE": 16, "INTEGERS": False}]
 STEP += [
     {"kernel": kernel, "state": state, "REPLAY": replay, "DRAFTS": drafts}
-    for replay, drafts in ((16, 1), (16, 4), (32, 8))
-    for kernel in ("prepare", "replay")
+    for replay, drafts in ((16, 1), (16, 4), (32, 4), (32, 8))
+    for kernel in ("prepare_drafts", "replay_drafts")
     for state in ("bf16", "i8")
 ]
 STEP += [
+    {"kernel": kernel, "state": state, "REPLAY": 16, "DRAFTS": 4}
+    for kernel in ("prepare_drafts", "replay_drafts")
+    for state in ("fp32", "fp16", "fp8e4nv")
+]
+STEP += [
     {"kernel": kernel, "state": state, "REPLAY": 16, "EARLY": False, "INTEGERS": False, "capability": capability}
-    for kernel in ("prepare", "replay")
+    | ({"DRAFTS": 4} if kernel.endswith("drafts") else {})
+    for kernel in ("prepare", "replay", "prepare_drafts", "replay_drafts")
     for state in ("bf16", "i8")
     for capability in (80, 100)
 ]
@@ -114,7 +127,8 @@ def compile_one(case: dict[str, Any]) -> str:
 
     from vllm_bamba.ops.add_rms_norm.kernels import add_rms_norm_kernel
     from vllm_bamba.ops.gated_norm.kernels import gate_kernel
-    from vllm_bamba.ops.mixer_step import fold_turns
+    from vllm_bamba.ops.mixer_step import fold_turns, tile_of_tokens
+    from vllm_bamba.ops.mixer_step.draft_kernels import prepare_drafts_kernel, replay_drafts_kernel
     from vllm_bamba.ops.mixer_step.kernels import prepare_kernel, replay_kernel, step_kernel
     from vllm_bamba.ops.skinny_linear.kernels import linear_kernel
     from vllm_bamba.ops.slot_state.kernels import move_kernel, read_kernel, write_kernel
@@ -123,6 +137,8 @@ def compile_one(case: dict[str, Any]) -> str:
         "step": step_kernel,
         "replay": replay_kernel,
         "prepare": prepare_kernel,
+        "replay_drafts": replay_drafts_kernel,
+        "prepare_drafts": prepare_drafts_kernel,
         "read": read_kernel,
         "write": write_kernel,
         "move": move_kernel,
@@ -132,14 +148,15 @@ def compile_one(case: dict[str, Any]) -> str:
     }
     kernel = kernels[case["kernel"]]
     prepare = PREPARE_AND_FOLD if case.get("FOLD", True) else PREPARE
-    prepare = PREPARE_DRAFTS if case.get("DRAFTS") else prepare
-    warps = {"gate": 8, "add_rms_norm": 8, "prepare": prepare.num_warps}.get(
-        case["kernel"], case.get("warps", DEFAULT_WARPS)
-    )
+    usual = {"gate": 8, "add_rms_norm": 8, "prepare": prepare.num_warps}
+    usual |= {"prepare_drafts": PREPARE_DRAFTS.num_warps, "replay_drafts": DRAFT_WARPS}
+    warps = case.get("warps", usual.get(case["kernel"], DEFAULT_WARPS))
     constants = SHAPE | {"QUANTISED": STATES[case["state"]], "GATED": True, "FOLD": True, "ANCHORED": True}
     constants |= {"COLUMNS": 8192, "SUMS": 64, "BLOCK": BLOCKS.get(case["kernel"]), "EARLY": True}
     constants |= {"INTEGERS": case["state"] == "i8"}
     constants |= {"BLOCK_HEADS": prepare.heads, "FOLD_DIM": prepare.folded}
+    if case.get("DRAFTS"):
+        constants |= {"TOKENS": tile_of_tokens(case["DRAFTS"]), "FOLD_DIM": PREPARE_DRAFTS.folded}
     constants |= {name: value for name, value in case.items() if name.isupper()}
     if constants.get("REPLAY"):
         constants |= fold_turns(constants["HEADS"], constants["REPLAY"], constants["DRAFTS"])

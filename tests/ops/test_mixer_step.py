@@ -246,6 +246,11 @@ def run_with_drafts(batch: Batch, tokens: int, seed: int = 0, poisonous: bool = 
         (3, 8, torch.bfloat16, torch.bfloat16),
         (2, 8, torch.bfloat16, torch.int8),
         (7, 16, torch.bfloat16, torch.float8_e4m3fn),
+        (1, 8, torch.bfloat16, torch.float16),
+        (4, 16, torch.bfloat16, torch.float32),
+        (4, 32, torch.bfloat16, torch.int8),
+        (8, 32, torch.bfloat16, torch.bfloat16),
+        (8, 32, torch.float32, torch.float32),
     ],
     ids=str,
 )
@@ -258,14 +263,68 @@ def test_a_sequence_has_seen_what_was_accepted_in_every_phase_of_the_ring(
         batch.check()
 
 
-@pytest.mark.parametrize(("drafts", "replay"), [(2, 8), (4, 16)])
-def test_nothing_is_left_of_what_was_not_accepted(drafts: int, replay: int) -> None:
-    batch = Batch(slot_format(torch.float32, replay=replay, drafts=drafts), slots=[7, 2], lengths=[1, 30])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, where an integer is made of NaN
+@pytest.mark.parametrize(
+    ("drafts", "replay", "dtype", "state_dtype"),
+    [
+        (2, 8, torch.float32, torch.float32),
+        (4, 16, torch.float32, torch.float32),
+        (4, 16, torch.bfloat16, torch.bfloat16),
+        (2, 8, torch.bfloat16, torch.int8),
+        (8, 32, torch.bfloat16, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_nothing_is_left_of_what_was_not_accepted(
+    drafts: int, replay: int, dtype: torch.dtype, state_dtype: torch.dtype
+) -> None:
+    batch = Batch(slot_format(dtype, state_dtype, replay=replay, drafts=drafts), slots=[7, 2], lengths=[1, 30])
     run_with_drafts(batch, 2 * replay, poisonous=True)
     batch.check()
 
 
-@pytest.mark.parametrize("width", [2, 3])
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_any_number_of_tokens_in_a_step(state_dtype: torch.dtype) -> None:
+    """A row without any is left alone, as is its slot."""
+    drafts = 4
+    form = slot_format(torch.bfloat16, state_dtype, replay=16, drafts=drafts)
+    batch = Batch(form, slots=[7, 5, 2], lengths=[1, 12, 30], gated=True)
+    idle = batch.pages[5].clone()
+    for count in range(1, drafts + 2):
+        batch.step(tokens=[count, 0, drafts + 2 - count])
+    assert torch.equal(batch.pages[5], idle)
+    batch.step(tokens=[0, drafts + 1, 0])
+    batch.check()
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "head_dim", "state", "replay", "drafts", "state_dtype"),
+    [
+        (12, 2, 64, 16, 16, 6, torch.bfloat16),
+        (4, 1, 64, 128, 16, 4, torch.bfloat16),
+        (4, 1, 64, 128, 16, 4, torch.int8),
+        (6, 2, 16, 16, 32, 4, torch.int8),
+    ],
+    ids=["two_folds_of_two_parts_each", "as_tuned", "int8_as_tuned", "int8_narrow"],
+)
+def test_drafts_in_other_sizes(
+    heads: int,
+    groups: int,
+    head_dim: int,
+    state: int,
+    replay: int,
+    drafts: int,
+    state_dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use_sizes(monkeypatch, HEADS=heads, HEAD_DIM=head_dim, STATE=state)
+    form = slot_format(torch.bfloat16, state_dtype, groups=groups, replay=replay, drafts=drafts)
+    batch = Batch(form, slots=[7, 2], lengths=[1, 30], gated=True)
+    run_with_drafts(batch, replay)
+    batch.check()
+
+
+@pytest.mark.parametrize("width", [2, 3, 4])
 def test_drafts_of_shorter_convolutions_in_groups_with_padding(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of six heads those whose rings are full are not the same number in each step."""
     use_sizes(monkeypatch, HEADS=6)

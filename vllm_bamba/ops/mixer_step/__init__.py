@@ -5,8 +5,15 @@ from typing import NamedTuple
 import torch
 import triton
 
+from vllm_bamba.ops.mixer_step.draft_kernels import prepare_drafts_kernel, replay_drafts_kernel
 from vllm_bamba.ops.mixer_step.kernels import INTEGER_PARTS, prepare_kernel, replay_kernel, step_kernel
-from vllm_bamba.ops.mixer_step.tuning import multiplies_integers, prepare_for, starts_early, warps_for
+from vllm_bamba.ops.mixer_step.tuning import (
+    PREPARE_DRAFTS,
+    multiplies_integers,
+    prepare_for,
+    starts_early,
+    warps_for,
+)
 from vllm_bamba.state import DecodePlan, FusedSlots, slot_strides
 
 
@@ -42,6 +49,11 @@ def fold_turns(heads: int, replay: int, drafts: int) -> dict[str, int]:
     """
     period = replay - 2 * drafts
     return {"PERIOD": period, "FOLDED": -(-heads // period), "PLACES": min(1 + drafts, period)}
+
+
+def tile_of_tokens(drafts: int) -> int:
+    """Extent of the axis that has a sequence's tokens: a power of two, and no narrower than tensor cores take."""
+    return max(8, triton.next_power_of_2(1 + drafts))
 
 
 def mixer_step(
@@ -110,28 +122,46 @@ def mixer_step(
         return
     early = starts_early(projected.device)
     convolved = projected.new_empty(tokens, channels - inner)
-    factors = projected.new_empty(tokens, heads * (constants["REPLAY"] + 4), dtype=torch.float32)
     integers = multiplies_integers(slots, projected.dtype)
     of_token = groups * INTEGER_PARTS.value * state
     c_parts = projected.new_empty(tokens, of_token, dtype=torch.int8) if integers else None
+    turns = fold_turns(heads, constants["REPLAY"], drafts)
+    strides = (plan.slots.stride(0), *slot_strides(slots.of_step))
+    behind = {"launch_pdl": True} if early else {}
     if drafts:
         out.zero_()  # a graph has tokens that no sequence of its batch may own
+        folded = min(PREPARE_DRAFTS.folded, head_dim)
+        programs = turns["FOLDED"] * turns["PLACES"] * (head_dim // folded) + groups  # as the kernel counts them
+        constants |= {"TOKENS": tile_of_tokens(drafts), "BIAS": bias, "EARLY": early, "INTEGERS": integers}
+        columns = constants["REPLAY"] + constants["TOKENS"] + 4
+        products = projected.new_empty(tokens, groups * columns, dtype=torch.float32)
+        prepare_drafts_kernel[programs, rows](
+            projected, convolved, products, c_parts, weights.taps, weights.conv_bias, weights.A,
+            plan.slots, plan.lengths, plan.query_start_loc, *slots.of_step, projected.stride(0), *strides,
+            **constants, **turns, FOLD_DIM=folded, num_warps=PREPARE_DRAFTS.num_warps,
+        )  # fmt: skip
+        replay_drafts_kernel[heads, rows](
+            projected, convolved, products, c_parts, out, *parameters, weights.norm,
+            plan.slots, plan.lengths, plan.query_start_loc, *slots.of_step, projected.stride(0), out.stride(0),
+            *strides, *dt_limit, **constants, GATED=gated, PERIOD=turns["PERIOD"], num_warps=num_warps, **behind,
+        )  # fmt: skip
+        return
+    del constants["DRAFTS"], turns["PLACES"]
+    factors = projected.new_empty(tokens, heads * (constants["REPLAY"] + 4), dtype=torch.float32)
     prepare = prepare_for(slots)
     of_group, folded = heads // groups, min(prepare.folded, head_dim)
     some_heads = min(prepare.heads, triton.next_power_of_2(of_group))
-    turns = fold_turns(heads, constants["REPLAY"], drafts)
-    folds = turns["FOLDED"] * turns["PLACES"] * (head_dim // folded) if fold else 0
+    folds = turns["FOLDED"] * (head_dim // folded) if fold else 0
     programs = folds + groups * -(-of_group // some_heads)  # as the kernel counts them
     prepare_kernel[programs, rows](
-        projected, convolved, factors, c_parts, *parameters, plan.slots, plan.lengths, plan.query_start_loc,
-        *slots.of_step, projected.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step), *dt_limit,
+        projected, convolved, factors, c_parts, *parameters, plan.slots, plan.lengths, *slots.of_step,
+        projected.stride(0), *strides, *dt_limit,
         **constants, FOLD=fold, BIAS=bias, EARLY=early, INTEGERS=integers, **turns,
         BLOCK_HEADS=some_heads, FOLD_DIM=folded, num_warps=prepare.num_warps,
     )  # fmt: skip
     replay_kernel[heads, rows](
         projected, convolved, factors, c_parts, out, weights.taps, weights.conv_bias, weights.norm,
-        plan.slots, plan.lengths, plan.query_start_loc, *slots.of_step,
-        projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step),
+        plan.slots, plan.lengths, *slots.of_step, projected.stride(0), out.stride(0), *strides,
         **constants, FOLD=fold, BIAS=bias, GATED=gated, EARLY=early, INTEGERS=integers, PERIOD=turns["PERIOD"],
-        num_warps=num_warps, **({"launch_pdl": True} if early else {}),
+        num_warps=num_warps, **behind,
     )  # fmt: skip

@@ -6,8 +6,8 @@ which it asks for before anything else: it has to keep the memory busy. With EAR
 at work (programmatic dependent launch).
 
 Inputs of the convolution stand in a ring indexed by the token's position, with one entry more than a step reads, the
-one that it writes: programs of a row share B and C without waiting for each other. With DRAFTS a row may have that many
-tokens more, which can be taken back, and the ring as many entries (../README.md).
+one that it writes: programs of a row share B and C without waiting for each other. Rows with drafted tokens have
+kernels of their own, `draft_kernels.py`.
 """
 
 import triton
@@ -37,20 +37,12 @@ def softplus(x):
 
 @triton.jit
 def convolve(
-    new, conv, weight, bias, channels, position, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr,
-    DRAFTS: tl.constexpr = 0, token=None, stride=None, EARLIER: tl.constexpr = 0,
+    new, conv, weight, bias, channels, position, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr
 ):  # fmt: skip
-    """SiLU of the convolution at one position, rounded as it would be on its way through memory.
-
-    EARLIER tokens of the same step are not in the ring: their inputs lie in front of `token`'s, `stride` apart.
-    """
+    """SiLU of the convolution at one position, rounded as it would be on its way through memory."""
     k = tl.arange(0, 4)[:, None]  # oldest first
-    ring = conv + (position + 1 + DRAFTS + k) % (WIDTH + DRAFTS) * CHANNELS + channels[None, :]
-    old = tl.load(ring, mask=k < WIDTH - 1 - EARLIER, other=0)
-    if EARLIER > 0:
-        recent = (k >= WIDTH - 1 - EARLIER) & (k < WIDTH - 1)
-        of_step = tl.load(token + (k + 1 - WIDTH) * stride + channels[None, :], mask=recent, other=0)
-        old = tl.where(recent, of_step, old)
+    ring = conv + (position + 1 + k) % WIDTH * CHANNELS + channels[None, :]
+    old = tl.load(ring, mask=k < WIDTH - 1, other=0)
     window = tl.where(k == WIDTH - 1, new[None, :], old).to(tl.float32)  # [4, channels]
     taps = tl.load(weight + k * CHANNELS + channels[None, :], mask=k < WIDTH, other=0).to(tl.float32)
     y = tl.sum(window * taps, 0)
@@ -270,20 +262,10 @@ def store_padding(out, rows, sums, GATED: tl.constexpr):
 
 
 @triton.jit
-def tokens_of(query_start_loc, row, DRAFTS: tl.constexpr):
-    """A row's first token, and how many it has."""
-    first, tokens = row, 1
-    if DRAFTS > 0:
-        first = tl.load(query_start_loc + row)
-        tokens = tl.load(query_start_loc + row + 1) - first
-    return first, tokens
-
-
-@triton.jit
-def where_from(slots, slots_stride, lengths, row, tokens):
-    """A row's slot and its first token's position, asked for at the same time; without tokens it is padding."""
+def where_from(slots, slots_stride, lengths, row):
+    """A row's slot and its token's position, asked for at the same time."""
     slot, length = tl.load(slots + row * slots_stride), tl.load(lengths + row)
-    return tl.where(tokens > 0, slot, 0).to(tl.int64), length - tokens
+    return slot.to(tl.int64), length - 1
 
 
 @triton.jit
@@ -308,7 +290,7 @@ def step_kernel(
     p, n = tl.arange(0, HEAD_DIM), tl.arange(0, STATE)
     rows, values = tile_of(head * HEAD_DIM, p, n)
     out += row * out_stride
-    slot, position = where_from(slots, slots_stride, lengths, row, 1)
+    slot, position = where_from(slots, slots_stride, lengths, row)
     if slot == 0:
         store_padding(out, rows, inner + 2 * head, GATED)
         return
@@ -343,58 +325,21 @@ def step_kernel(
 
 
 @triton.jit
-def is_folded(head, position, tokens, PERIOD: tl.constexpr, FOLD: tl.constexpr, DRAFTS: tl.constexpr):
-    """Whether a head's ring is folded in front of `tokens` from this position on: for one in a PERIOD, or never."""
-    if DRAFTS > 0:
-        return ((PERIOD - (head + position) % PERIOD) % PERIOD < tokens) & FOLD
+def is_folded(head, position, PERIOD: tl.constexpr, FOLD: tl.constexpr):
+    """Whether a head's ring is folded in front of the token at this position: every PERIOD tokens, or never."""
     return ((head + position) % PERIOD == 0) & FOLD
-
-
-@triton.jit
-def convolve_shared(
-    token, stride, conv, convolved, weight, bias, own, at, position, stores,
-    CHANNELS: tl.constexpr, BC: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr,
-    DRAFTS: tl.constexpr, EARLIER: tl.constexpr,
-):  # fmt: skip
-    """B and C of a group, whose channels are `own` and BC later; one program keeps their inputs, and them `at`."""
-    b_new, c_new = tl.load(token + own), tl.load(token + own + BC)
-    b = convolve(b_new, conv, weight, bias, own, position, CHANNELS, WIDTH, BIAS, DRAFTS, token, stride, EARLIER)
-    c = convolve(c_new, conv, weight, bias, own + BC, position, CHANNELS, WIDTH, BIAS, DRAFTS, token, stride, EARLIER)
-    if stores:
-        newest = conv + position % (WIDTH + DRAFTS) * CHANNELS + own
-        tl.store(newest, b_new)
-        tl.store(newest + BC, c_new)
-        tl.store(convolved + at, b.to(convolved.dtype.element_ty))
-        tl.store(convolved + at + BC, c.to(convolved.dtype.element_ty))
-    return b, c
-
-
-@triton.jit
-def store_factors(
-    factors, d_ptr, a, dt, b, c, b_c, times, since, head, entries, some, HEADS: tl.constexpr, REPLAY: tl.constexpr
-):  # fmt: skip
-    """A token's factors for some heads; `since` has the time from each ring entry to the token."""
-    # B of an empty entry may be NaN
-    counts = tl.where(times > 0, times * tl.exp(a[:, None] * since) * b_c[None, :], 0)
-    tl.store(factors + entries, counts, mask=some[:, None])
-    factors += HEADS * REPLAY
-    tl.store(factors + head, tl.exp(a * (tl.sum(times, 1) + dt)), mask=some)
-    skip = tl.load(d_ptr + head, mask=some, other=0).to(tl.float32)
-    tl.store(factors + HEADS + head, dt * tl.sum(b * c, 0) + skip, mask=some)
-    tl.store(factors + 2 * HEADS + head, dt, mask=some)
 
 
 @of_any_batch
 def prepare_kernel(
     projected, convolved, factors, c_parts, conv_weight, conv_bias, a_ptr, d_ptr, dt_bias, slots, lengths,
-    query_start_loc,
     conv, ssm, scale, ring_x, ring_b, ring_dt,
     projected_stride, slots_stride,
     conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
     dt_low, dt_high,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr, WIDTH: tl.constexpr,
-    REPLAY: tl.constexpr, DRAFTS: tl.constexpr, FOLD: tl.constexpr, BIAS: tl.constexpr, QUANTISED: tl.constexpr,
-    EARLY: tl.constexpr, INTEGERS: tl.constexpr, PERIOD: tl.constexpr, FOLDED: tl.constexpr, PLACES: tl.constexpr,
+    REPLAY: tl.constexpr, FOLD: tl.constexpr, BIAS: tl.constexpr, QUANTISED: tl.constexpr,
+    EARLY: tl.constexpr, INTEGERS: tl.constexpr, PERIOD: tl.constexpr, FOLDED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, FOLD_DIM: tl.constexpr,
 ):  # fmt: skip
     """What a replayed step needs beside states. A row has programs of two kinds, which need not wait for each other:
@@ -415,23 +360,21 @@ def prepare_kernel(
     inner: tl.constexpr = HEADS * HEAD_DIM
     bc: tl.constexpr = GROUPS * STATE
     channels: tl.constexpr = inner + 2 * bc
-    FOLDS: tl.constexpr = FOLDED * PLACES * (HEAD_DIM // FOLD_DIM) if FOLD else 0
+    FOLDS: tl.constexpr = FOLDED * (HEAD_DIM // FOLD_DIM) if FOLD else 0
     HEAD_BLOCKS: tl.constexpr = (HEADS // GROUPS + BLOCK_HEADS - 1) // BLOCK_HEADS  # of a group
-    first, tokens = tokens_of(query_start_loc, row, DRAFTS)
-    slot, position = where_from(slots, slots_stride, lengths, row, tokens)
+    slot, position = where_from(slots, slots_stride, lengths, row)
     if slot == 0:
         return
     conv += slot * conv_stride
     ring_b += slot * ring_b_stride
     ring_dt += slot * ring_dt_stride
-    xbc = projected + first * projected_stride + inner
+    xbc = projected + row * projected_stride + inner
     n = tl.arange(0, STATE)
 
     if part < FOLDS:
-        place = part // FOLDED % PLACES
-        full = part % FOLDED * PERIOD + (PERIOD - (position + place) % PERIOD) % PERIOD  # one that `is_folded`
-        if (full < HEADS) & (place < tokens):
-            p = part // (FOLDED * PLACES) * FOLD_DIM + tl.arange(0, FOLD_DIM)
+        full = part % FOLDED * PERIOD + (PERIOD - position % PERIOD) % PERIOD  # one that `is_folded`
+        if full < HEADS:
+            p = part // FOLDED * FOLD_DIM + tl.arange(0, FOLD_DIM)
             rows, values = tile_of(full * HEAD_DIM, p, n)
             ssm += slot * ssm_stride
             if QUANTISED:
@@ -441,23 +384,26 @@ def prepare_kernel(
             ring_dt += full * REPLAY
             state = widened(tl.load(ssm + values), scale, rows, QUANTISED)
             a = tl.load(a_ptr + full)
-            state = fold(state, a, position - 1, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, bc, REPLAY, DRAFTS)
+            state = fold(state, a, position - 1, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, bc, REPLAY, 0)
             store_state(state, ssm, scale, rows, values, n, position, QUANTISED)
     else:
         group, of_group = (part - FOLDS) // HEAD_BLOCKS, (part - FOLDS) % HEAD_BLOCKS
         own = inner + group * STATE + n
-        at = first * 2 * bc + group * STATE + n
-        stores = of_group == 0
-        b, c = convolve_shared(
-            xbc, projected_stride, conv, convolved, conv_weight, conv_bias, own, at, position, stores,
-            channels, bc, WIDTH, BIAS, DRAFTS, 0,
-        )  # fmt: skip
+        at = row * 2 * bc + group * STATE + n
+        stores = of_group == 0  # one for the group
+        b_new, c_new = tl.load(xbc + own), tl.load(xbc + own + bc)
+        b = convolve(b_new, conv, conv_weight, conv_bias, own, position, channels, WIDTH, BIAS)
+        c = convolve(c_new, conv, conv_weight, conv_bias, own + bc, position, channels, WIDTH, BIAS)
+        if stores:
+            newest = conv + position % WIDTH * channels + own
+            tl.store(newest, b_new)
+            tl.store(newest + bc, c_new)
+            tl.store(convolved + at, b.to(convolved.dtype.element_ty))
+            tl.store(convolved + at + bc, c.to(convolved.dtype.element_ty))
 
         k = tl.arange(0, REPLAY)
         index = (position + 1 + k) % REPLAY  # oldest first; the last is the new token's
         is_old = k < REPLAY - 1
-        if DRAFTS > 0:
-            is_old &= k >= DRAFTS - 1  # others may be of tokens that were taken back
         past = ring_b + index[:, None] * bc + group * STATE + n[None, :]
         past = tl.load(past, mask=is_old[:, None], other=0).to(tl.float32)
         b_c = tl.sum(past * c[None, :], 1)
@@ -466,52 +412,36 @@ def prepare_kernel(
         head = group * (HEADS // GROUPS) + in_group
         a, bias = tl.load(a_ptr + head, mask=some, other=0), tl.load(dt_bias + head, mask=some, other=0)
         dt = time_step(tl.load(xbc + channels + head, mask=some, other=0), bias, dt_low, dt_high)
-        unfolded = some & ~is_folded(head, position, tokens, PERIOD, FOLD, DRAFTS)
+        unfolded = some & ~is_folded(head, position, PERIOD, FOLD)
         entries = head[:, None] * REPLAY + index[None, :]
         times = tl.load(ring_dt + entries, mask=unfolded[:, None] & is_old[None, :], other=0)  # [heads, REPLAY]
         since = tl.cumsum(times, 1, reverse=True) - times + dt[:, None]
-        factors += first * HEADS * (REPLAY + 4)
-        units = factors + (REPLAY + 3) * HEADS + group
+        factors += row * HEADS * (REPLAY + 4)
         if INTEGERS:
-            c_parts += (first * GROUPS + group) * INTEGER_PARTS * STATE
+            c_parts += (row * GROUPS + group) * INTEGER_PARTS * STATE
             if stores:
-                store_as_integers(c, c_parts, units, n)
-        store_factors(factors, d_ptr, a, dt, b, c, b_c, times, since, head, entries, some, HEADS, REPLAY)
-        for j in tl.static_range(1, DRAFTS + 1):
-            if j < tokens:
-                before = k == (REPLAY + j - 2) % REPLAY  # the entry of the token before
-                past = tl.where(before[:, None], b[None, :], past)
-                times = tl.where(before[None, :], dt[:, None], times)
-                since = tl.where(before[None, :], 0, since)
-                token = xbc + j * projected_stride
-                b, c = convolve_shared(
-                    token, projected_stride, conv, convolved, conv_weight, conv_bias, own, at + j * 2 * bc,
-                    position + j, stores, channels, bc, WIDTH, BIAS, DRAFTS, j if j < WIDTH else WIDTH - 1,
-                )  # fmt: skip
-                b_c = tl.sum(past * c[None, :], 1)
-                dt = time_step(tl.load(token + channels + head, mask=some, other=0), bias, dt_low, dt_high)
-                since += dt[:, None]
-                of_token = j * HEADS * (REPLAY + 4)
-                if INTEGERS:
-                    c_parts += GROUPS * INTEGER_PARTS * STATE
-                    if stores:
-                        store_as_integers(c, c_parts, units + of_token, n)
-                store_factors(
-                    factors + of_token, d_ptr, a, dt, b, c, b_c, times, since, head, entries, some, HEADS, REPLAY
-                )
+                store_as_integers(c, c_parts, factors + (REPLAY + 3) * HEADS + group, n)
+        # B of an empty entry may be NaN
+        counts = tl.where(times > 0, times * tl.exp(a[:, None] * since) * b_c[None, :], 0)
+        tl.store(factors + entries, counts, mask=some[:, None])
+        factors += HEADS * REPLAY
+        tl.store(factors + head, tl.exp(a * (tl.sum(times, 1) + dt)), mask=some)
+        skip = tl.load(d_ptr + head, mask=some, other=0).to(tl.float32)
+        tl.store(factors + HEADS + head, dt * tl.sum(b * c, 0) + skip, mask=some)
+        tl.store(factors + 2 * HEADS + head, dt, mask=some)
 
 
 @of_any_batch
 def replay_kernel(
-    projected, convolved, factors, c_parts, out, conv_weight, conv_bias, norm_weight, slots, lengths, query_start_loc,
+    projected, convolved, factors, c_parts, out, conv_weight, conv_bias, norm_weight, slots, lengths,
     conv, ssm, scale, ring_x, ring_b, ring_dt,
     projected_stride, out_stride, slots_stride,
     conv_stride, ssm_stride, scale_stride, ring_x_stride, ring_b_stride, ring_dt_stride,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, STATE: tl.constexpr, WIDTH: tl.constexpr,
-    REPLAY: tl.constexpr, DRAFTS: tl.constexpr, FOLD: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
+    REPLAY: tl.constexpr, FOLD: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
     QUANTISED: tl.constexpr, EARLY: tl.constexpr, INTEGERS: tl.constexpr, PERIOD: tl.constexpr,
 ):  # fmt: skip
-    """The step behind `prepare_kernel`: reads a checkpoint and its ring, adds the tokens to the ring.
+    """The step behind `prepare_kernel`: reads a checkpoint and its ring, adds the token to the ring.
 
     With EARLY it starts while that one is at work, and ahead of its wait leaves alone what that one writes.
     """
@@ -522,36 +452,29 @@ def replay_kernel(
     TOKENS: tl.constexpr = REPLAY if REPLAY > 16 else 16  # the least that tensor cores take
     p, n, k = tl.arange(0, HEAD_DIM), tl.arange(0, STATE), tl.arange(0, TOKENS)
     rows, values = tile_of(head * HEAD_DIM, p, n)
-    first, tokens = tokens_of(query_start_loc, row, DRAFTS)
-    out += first * out_stride
-    slot, position = where_from(slots, slots_stride, lengths, row, tokens)
+    out += row * out_stride
+    slot, position = where_from(slots, slots_stride, lengths, row)
     if slot == 0:
         if EARLY:
             tl.extra.cuda.gdc_wait()  # all must: who comes behind this kernel comes behind `prepare_kernel` by that
-        if DRAFTS == 0:  # else `out` is zero already
-            store_padding(out, rows, inner + 2 * head, GATED)
+        store_padding(out, rows, inner + 2 * head, GATED)
         return
-    folded = is_folded(head, position, tokens, PERIOD, FOLD, DRAFTS)
+    folded = is_folded(head, position, PERIOD, FOLD)
     if EARLY and FOLD:  # noqa: SIM102  the compiler decides this one, each program the next
         if folded:
             tl.extra.cuda.gdc_wait()
     kept = tl.load(ssm + slot * ssm_stride + values)  # [HEAD_DIM, STATE]
     ring_dt += slot * ring_dt_stride + head * REPLAY + k
     ring_x += slot * ring_x_stride + head * REPLAY * HEAD_DIM
-    projected += first * projected_stride
+    projected += row * projected_stride
     conv += slot * conv_stride
     x_new = tl.load(projected + inner + rows)
     gate, norm = gate_and_norm(projected, norm_weight, rows, GATED)
     if QUANTISED:
         of_row = tl.load(scale + slot * scale_stride + rows)
     live = tl.load(ring_dt, mask=k < REPLAY, other=0) > 0  # what other entries hold may be NaN
-    empties = k < REPLAY
-    if DRAFTS > 0:
-        ahead = (k + REPLAY - position % REPLAY) % REPLAY  # tokens, or from the last lap
-        live &= ahead >= DRAFTS  # others may be of tokens that were taken back
-        empties &= (ahead == 0) | (ahead >= tokens)
     past = tl.load(ring_x + k[None, :] * HEAD_DIM + p[:, None], mask=live[None, :], other=0)
-    x = convolve(x_new, conv, conv_weight, conv_bias, rows, position, channels, WIDTH, BIAS, DRAFTS)
+    x = convolve(x_new, conv, conv_weight, conv_bias, rows, position, channels, WIDTH, BIAS)
     if EARLY:
         tl.extra.cuda.gdc_wait()
     STORED: tl.constexpr = ssm.dtype.element_ty
@@ -559,45 +482,33 @@ def replay_kernel(
     X_PARTS: tl.constexpr = 1 if ring_x.dtype.element_ty == tl.bfloat16 else 3
     BF16: tl.constexpr = convolved.dtype.element_ty == tl.bfloat16  # tensor cores cut sums off where fp32 would round
     group = head // (HEADS // GROUPS)
-    for j in tl.static_range(DRAFTS + 1):
-        if j < tokens:
-            if j > 0:
-                projected += projected_stride
-                x_new = tl.load(projected + inner + rows)
-                gate, norm = gate_and_norm(projected, norm_weight, rows, GATED)
-                x = convolve(
-                    x_new, conv, conv_weight, conv_bias, rows, position + j, channels, WIDTH, BIAS, DRAFTS,
-                    projected + inner, projected_stride, j if j < WIDTH else WIDTH - 1,
-                )  # fmt: skip
-            of_token = factors + (first + j) * HEADS * (REPLAY + 4)
-            counts = tl.load(of_token + head * REPLAY + k, mask=k < REPLAY, other=0)
-            b = convolved + (first + j) * 2 * bc + group * STATE + n
-            of_token += HEADS * REPLAY + head
-            decay, new = tl.load(of_token), tl.load(of_token + HEADS)
-            if INTEGERS:
-                parts = c_parts + ((first + j) * GROUPS + group) * INTEGER_PARTS * STATE
-                unit = tl.load(of_token - head + 3 * HEADS + group)
-                y = times_integers(kept, parts, unit * decay, n)
-            elif BF16:
-                zeros = tl.zeros([HEAD_DIM, 8], tl.float32)
-                y = product(kept, as_columns(tl.load(b + bc), 1), STATE_PARTS, 1, zeros) * decay
-            else:
-                y = times_vector(kept, tl.load(b + bc))[:, None] * decay
-            if QUANTISED:
-                y *= of_row[:, None]
-            if BF16:
-                y = product(past, as_columns(counts, 3), X_PARTS, 1, y)
-            else:
-                y += times_vector(past, counts)[:, None]
-            y = tl.sum(y, 1) + new * x
-            store_gated(y, gate, norm, out + j * out_stride, rows, inner + 2 * head, GATED)
+    factors += row * HEADS * (REPLAY + 4)
+    counts = tl.load(factors + head * REPLAY + k, mask=k < REPLAY, other=0)
+    b = convolved + row * 2 * bc + group * STATE + n
+    factors += HEADS * REPLAY + head
+    decay, new = tl.load(factors), tl.load(factors + HEADS)
+    if INTEGERS:
+        parts = c_parts + (row * GROUPS + group) * INTEGER_PARTS * STATE
+        unit = tl.load(factors - head + 3 * HEADS + group)
+        y = times_integers(kept, parts, unit * decay, n)
+    elif BF16:
+        zeros = tl.zeros([HEAD_DIM, 8], tl.float32)
+        y = product(kept, as_columns(tl.load(b + bc), 1), STATE_PARTS, 1, zeros) * decay
+    else:
+        y = times_vector(kept, tl.load(b + bc))[:, None] * decay
+    if QUANTISED:
+        y *= of_row[:, None]
+    if BF16:
+        y = product(past, as_columns(counts, 3), X_PARTS, 1, y)
+    else:
+        y += times_vector(past, counts)[:, None]
+    y = tl.sum(y, 1) + new * x
+    store_gated(y, gate, norm, out, rows, inner + 2 * head, GATED)
 
-            tl.store(conv + (position + j) % (WIDTH + DRAFTS) * channels + rows, x_new)
-            entry = (position + j) % REPLAY
-            tl.store(ring_x + entry * HEAD_DIM + p, x.to(ring_x.dtype.element_ty))
-            if j < DRAFTS:
-                past = tl.where((k == entry)[None, :], x.to(past.dtype)[:, None], past)
-            times = tl.where(k == entry, tl.load(of_token + 2 * HEADS), 0)
-            tl.store(ring_dt, times, mask=tl.where(folded, empties, k == entry) if j == 0 else k == entry)
-            if head % (HEADS // GROUPS) == 0:  # one for the group
-                tl.store(ring_b + slot * ring_b_stride + entry * bc + group * STATE + n, tl.load(b))
+    tl.store(conv + position % WIDTH * channels + rows, x_new)
+    entry = position % REPLAY
+    tl.store(ring_x + entry * HEAD_DIM + p, x.to(ring_x.dtype.element_ty))
+    times = tl.where(k == entry, tl.load(factors + 2 * HEADS), 0)
+    tl.store(ring_dt, times, mask=tl.where(folded, k < REPLAY, k == entry))
+    if head % (HEADS // GROUPS) == 0:  # one for the group
+        tl.store(ring_b + slot * ring_b_stride + entry * bc + group * STATE + n, tl.load(b))

@@ -27,8 +27,19 @@ class Prepare:
 
 PREPARE = Prepare(heads=64, folded=32, num_warps=8)  # of anchored slots, which fold elsewhere
 PREPARE_AND_FOLD = Prepare(heads=32, folded=32, num_warps=2)
-PREPARE_DRAFTS = Prepare(heads=32, folded=32, num_warps=4)  # two would spill with rings of 32
 DEFAULT_WARPS = 4
+
+
+@dataclass(frozen=True)
+class PrepareDrafts:
+    """The same with drafted tokens, where what is no fold is one program for a whole group."""
+
+    folded: int
+    num_warps: int
+
+
+PREPARE_DRAFTS = PrepareDrafts(folded=32, num_warps=4)  # two need up to twice the registers, eight more instructions
+DRAFT_WARPS = 4  # two need three times the registers and one spills
 
 # (compute capability, bytes of a number in a checkpoint), for slots with rings, activations in bf16 and heads of
 # 64 x 128, as released; benchmarks/tune_mixer_step.py
@@ -38,17 +49,15 @@ WARPS: dict[tuple[tuple[int, int], int], int] = {((9, 0), 2): 4, ((9, 0), 1): 1}
 def warps_for(slots: FusedSlots, activations: torch.dtype) -> int:
     """What is known to suit a GPU and these slots."""
     ssm = slots.ssm
+    if slots.drafts:
+        return DRAFT_WARPS
     if not ssm.is_cuda or slots.ring_dt is None or activations != torch.bfloat16 or ssm.shape[2:] != (64, 128):
-        return DEFAULT_WARPS
-    if slots.drafts:  # one warp would spill
         return DEFAULT_WARPS
     return WARPS.get((torch.cuda.get_device_capability(ssm.device), ssm.dtype.itemsize), DEFAULT_WARPS)
 
 
 def prepare_for(slots: FusedSlots) -> Prepare:
-    """How the kernel in front works on these slots."""
-    if slots.drafts:
-        return PREPARE_DRAFTS
+    """How the kernel in front works on these slots, which take no tokens back."""
     return PREPARE_AND_FOLD if slots.anchor is None else PREPARE
 
 

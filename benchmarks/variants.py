@@ -9,6 +9,7 @@
 | `fused_slots` | the same | prefix-aware slots |
 | `fused_every_step` | our own kernel, states written after every token | off |
 | `fused_int8`, `fused_fp8` | our own kernel, states of 8 bits | off |
+| `fused_int8_ring32` | the same, written every 32 tokens | off |
 | `fused_int8_slots` | the same, what nobody asks for on an H100 or H200 | prefix-aware slots |
 
 States are in the precision of activations where a variant does not say 8 bits.
@@ -56,6 +57,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fused_int8_slots": {
         "enable_prefix_caching": True,
         "additional_config": {"bamba_fused_step": True, "bamba_state_dtype": "int8", "bamba_prefix_slots": True},
+    },
+    "fused_int8_ring32": {
+        "additional_config": {"bamba_fused_step": True, "bamba_state_dtype": "int8", "bamba_replay": 32}
     },
     "fused_fp8": {"additional_config": {"bamba_fused_step": True, "bamba_state_dtype": "fp8"}},
 }

@@ -10,9 +10,9 @@ Options of the engine, in vLLM's `additional_config`:
 | `bamba_prefill_graphs` | true | short prefills as CUDA graphs, with either step, where vLLM has piecewise ones |
 
 The step is on by default on the GPUs that its tests and its tables are from, compute capability 9.0, with bf16
-activations, unless the checkpoint is quantised, tokens are drafted or blocks go to other engines. Elsewhere it can be
-asked for. Drafted tokens of speculative decoding cost it no states, but it takes them back without prefix caching only,
-and from a ring of more than twice as many.
+activations, unless the checkpoint is quantised or blocks go to other engines. Elsewhere it can be asked for. Drafted
+tokens of speculative decoding cost it no states, but it takes them back without prefix caching only, and from a ring of
+more than twice as many: it is not the default where that does not hold.
 
 Where the step is on by default, states are in int8, the fastest precision that predicts as fp32 does
 (benchmarks/bench_accuracy.py), unless `--mamba-ssm-cache-dtype` or `--mamba-cache-dtype` is given. Elsewhere these
@@ -95,7 +95,6 @@ def _is_best(vllm_config: VllmConfig, shape: BambaShape) -> bool:
         and current_platform.is_device_capability((9, 0))
         and vllm_config.model_config.dtype == torch.bfloat16
         and vllm_config.model_config.quantization is None
-        and vllm_config.speculative_config is None
         and not moves_blocks(vllm_config)
         and _obstacle(vllm_config, shape) is None
     )

@@ -1,6 +1,6 @@
 """One decode step of a mixer between its projections: convolution, recurrence, gate (equations in ../README.md)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,6 +33,11 @@ class StepWeights(NamedTuple):
     D: torch.Tensor
     dt_bias: torch.Tensor
     norm: torch.Tensor | None
+
+    @property
+    def of_kernels(self) -> tuple[torch.Tensor | None, ...]:
+        """All but the norm's, in the order of kernels' arguments."""
+        return self[:-1]
 
 
 def sum_columns(heads: int) -> int:
@@ -87,9 +92,8 @@ def mixer_step(
         ValueError: shapes do not fit each other, or tokens cannot be taken back.
     """
     constants = slots.constants()
-    heads, head_dim, groups, state = (constants[k] for k in ("HEADS", "HEAD_DIM", "GROUPS", "STATE"))
-    tokens, rows, width = len(projected), len(plan.slots), constants["WIDTH"]
-    drafts, fold = slots.drafts, slots.anchor is None
+    heads, head_dim, state, width = (constants[k] for k in ("HEADS", "HEAD_DIM", "STATE", "WIDTH"))
+    tokens, drafts = len(projected), slots.drafts
     if num_warps is None:
         num_warps = warps_for(slots, projected.dtype)
     inner, channels = heads * head_dim, slots.conv.shape[2]
@@ -107,61 +111,118 @@ def mixer_step(
         )
     if bool(drafts) != (plan.query_start_loc is not None):
         raise ValueError(f"slots that can take {drafts} tokens back, and a plan with other drafts")
-    if drafts and (not fold or constants["REPLAY"] <= 2 * drafts):
+    if drafts and (slots.anchor is not None or constants["REPLAY"] <= 2 * drafts):
         ring = constants["REPLAY"]
         raise ValueError(f"{drafts} tokens cannot be taken back from a ring of {ring}, or behind an anchor")
-    bias, gated = weights.conv_bias is not None, weights.norm is not None
-    parameters = (weights.taps, weights.conv_bias, weights.A, weights.D, weights.dt_bias)
-    if not constants["REPLAY"]:
-        del constants["REPLAY"], constants["DRAFTS"]
-        step_kernel[heads, rows](
-            projected, out, *parameters, weights.norm, plan.slots, plan.lengths, *slots.of_step[:3],
-            projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(slots.of_step[:3]), *dt_limit,
-            **constants, BIAS=bias, GATED=gated, num_warps=num_warps,
-        )  # fmt: skip
-        return
-    early = starts_early(projected.device)
-    convolved = projected.new_empty(tokens, channels - inner)
-    integers = multiplies_integers(slots, projected.dtype)
-    of_token = groups * INTEGER_PARTS.value * state
-    c_parts = projected.new_empty(tokens, of_token, dtype=torch.int8) if integers else None
-    turns = fold_turns(heads, constants["REPLAY"], drafts)
-    strides = (plan.slots.stride(0), *slot_strides(slots.of_step))
-    behind = {"launch_pdl": True} if early else {}
-    if drafts:
-        out.zero_()  # a graph has tokens that no sequence of its batch may own
-        folded = min(PREPARE_DRAFTS.folded, head_dim)
-        programs = turns["FOLDED"] * turns["PLACES"] * (head_dim // folded) + groups  # as the kernel counts them
-        constants |= {"TOKENS": tile_of_tokens(drafts), "BIAS": bias, "EARLY": early, "INTEGERS": integers}
-        columns = constants["REPLAY"] + constants["TOKENS"] + 4
-        products = projected.new_empty(tokens, groups * columns, dtype=torch.float32)
-        prepare_drafts_kernel[programs, rows](
-            projected, convolved, products, c_parts, weights.taps, weights.conv_bias, weights.A,
-            plan.slots, plan.lengths, plan.query_start_loc, *slots.of_step, projected.stride(0), *strides,
-            **constants, **turns, FOLD_DIM=folded, num_warps=PREPARE_DRAFTS.num_warps,
-        )  # fmt: skip
-        replay_drafts_kernel[heads, rows](
-            projected, convolved, products, c_parts, out, *parameters, weights.norm,
-            plan.slots, plan.lengths, plan.query_start_loc, *slots.of_step, projected.stride(0), out.stride(0),
-            *strides, *dt_limit, **constants, GATED=gated, PERIOD=turns["PERIOD"], num_warps=num_warps, **behind,
-        )  # fmt: skip
-        return
-    del constants["DRAFTS"], turns["PLACES"]
+    step = _step if not constants["REPLAY"] else _step_drafts if drafts else _step_replayed
+    step(projected, weights, dt_limit, slots, plan, out, constants, num_warps)
+
+
+def _step(
+    projected: torch.Tensor,
+    weights: StepWeights,
+    dt_limit: tuple[float, float],
+    slots: FusedSlots,
+    plan: DecodePlan,
+    out: torch.Tensor,
+    constants: dict[str, Any],
+    num_warps: int,
+) -> None:
+    """States are written at once."""
+    states = slots.of_step[:3]
+    del constants["REPLAY"], constants["DRAFTS"]
+    step_kernel[constants["HEADS"], len(plan.slots)](
+        projected, out, *weights.of_kernels, weights.norm, plan.slots, plan.lengths, *states,
+        projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(states), *dt_limit,
+        **constants, BIAS=weights.conv_bias is not None, GATED=weights.norm is not None, num_warps=num_warps,
+    )  # fmt: skip
+
+
+def _step_replayed(
+    projected: torch.Tensor,
+    weights: StepWeights,
+    dt_limit: tuple[float, float],
+    slots: FusedSlots,
+    plan: DecodePlan,
+    out: torch.Tensor,
+    constants: dict[str, Any],
+    num_warps: int,
+) -> None:
+    """With a ring of tokens whose state is still to be written."""
+    fold, tokens = slots.anchor is None, len(projected)
+    heads, head_dim, groups = (constants[k] for k in ("HEADS", "HEAD_DIM", "GROUPS"))
+    early, integers, c_parts = _ways(projected, slots, constants)
+    convolved = projected.new_empty(tokens, slots.conv.shape[2] - heads * head_dim)
     factors = projected.new_empty(tokens, heads * (constants["REPLAY"] + 4), dtype=torch.float32)
+    turns = fold_turns(heads, constants["REPLAY"], 0)
+    del constants["DRAFTS"], turns["PLACES"]
     prepare = prepare_for(slots)
     of_group, folded = heads // groups, min(prepare.folded, head_dim)
     some_heads = min(prepare.heads, triton.next_power_of_2(of_group))
     folds = turns["FOLDED"] * (head_dim // folded) if fold else 0
     programs = folds + groups * -(-of_group // some_heads)  # as the kernel counts them
-    prepare_kernel[programs, rows](
-        projected, convolved, factors, c_parts, *parameters, plan.slots, plan.lengths, *slots.of_step,
+    constants |= {"FOLD": fold, "BIAS": weights.conv_bias is not None, "EARLY": early, "INTEGERS": integers}
+    strides = (plan.slots.stride(0), *slot_strides(slots.of_step))
+    prepare_kernel[programs, len(plan.slots)](
+        projected, convolved, factors, c_parts, *weights.of_kernels, plan.slots, plan.lengths, *slots.of_step,
         projected.stride(0), *strides, *dt_limit,
-        **constants, FOLD=fold, BIAS=bias, EARLY=early, INTEGERS=integers, **turns,
-        BLOCK_HEADS=some_heads, FOLD_DIM=folded, num_warps=prepare.num_warps,
+        **constants, **turns, BLOCK_HEADS=some_heads, FOLD_DIM=folded, num_warps=prepare.num_warps,
     )  # fmt: skip
-    replay_kernel[heads, rows](
+    replay_kernel[heads, len(plan.slots)](
         projected, convolved, factors, c_parts, out, weights.taps, weights.conv_bias, weights.norm,
         plan.slots, plan.lengths, *slots.of_step, projected.stride(0), out.stride(0), *strides,
-        **constants, FOLD=fold, BIAS=bias, GATED=gated, EARLY=early, INTEGERS=integers, PERIOD=turns["PERIOD"],
-        num_warps=num_warps, **behind,
+        **constants, GATED=weights.norm is not None, PERIOD=turns["PERIOD"], num_warps=num_warps, **_behind(early),
     )  # fmt: skip
+
+
+def _step_drafts(
+    projected: torch.Tensor,
+    weights: StepWeights,
+    dt_limit: tuple[float, float],
+    slots: FusedSlots,
+    plan: DecodePlan,
+    out: torch.Tensor,
+    constants: dict[str, Any],
+    num_warps: int,
+) -> None:
+    """The same for sequences of several tokens, of which some may be taken back."""
+    tokens = len(projected)
+    heads, head_dim, groups = (constants[k] for k in ("HEADS", "HEAD_DIM", "GROUPS"))
+    early, integers, c_parts = _ways(projected, slots, constants)
+    constants |= {"TOKENS": tile_of_tokens(slots.drafts), "BIAS": weights.conv_bias is not None}
+    constants |= {"EARLY": early, "INTEGERS": integers}
+    convolved = projected.new_empty(tokens, slots.conv.shape[2] - heads * head_dim)
+    columns = constants["REPLAY"] + constants["TOKENS"] + 4
+    products = projected.new_empty(tokens, groups * columns, dtype=torch.float32)
+    turns, folded = fold_turns(heads, constants["REPLAY"], slots.drafts), min(PREPARE_DRAFTS.folded, head_dim)
+    programs = turns["FOLDED"] * turns["PLACES"] * (head_dim // folded) + groups  # as the kernel counts them
+    of_rows = (plan.slots, plan.lengths, plan.query_start_loc)
+    strides = (plan.slots.stride(0), *slot_strides(slots.of_step))
+    out.zero_()  # a graph has tokens that no sequence of its batch may own
+    prepare_drafts_kernel[programs, len(plan.slots)](
+        projected, convolved, products, c_parts, weights.taps, weights.conv_bias, weights.A,
+        *of_rows, *slots.of_step, projected.stride(0), *strides,
+        **constants, **turns, FOLD_DIM=folded, num_warps=PREPARE_DRAFTS.num_warps,
+    )  # fmt: skip
+    replay_drafts_kernel[heads, len(plan.slots)](
+        projected, convolved, products, c_parts, out, *weights.of_kernels, weights.norm,
+        *of_rows, *slots.of_step, projected.stride(0), out.stride(0), *strides, *dt_limit,
+        **constants, GATED=weights.norm is not None, PERIOD=turns["PERIOD"], num_warps=num_warps, **_behind(early),
+    )  # fmt: skip
+
+
+def _ways(
+    projected: torch.Tensor, slots: FusedSlots, constants: dict[str, Any]
+) -> tuple[bool, bool, torch.Tensor | None]:
+    """Whether kernels start early, whether they multiply integers, and then room for each token's C in such."""
+    integers = multiplies_integers(slots, projected.dtype)
+    parts = None
+    if integers:
+        of_token = constants["GROUPS"] * INTEGER_PARTS.value * constants["STATE"]
+        parts = projected.new_empty(len(projected), of_token, dtype=torch.int8)
+    return starts_early(projected.device), integers, parts
+
+
+def _behind(early: bool) -> dict[str, bool]:
+    """How a kernel is launched that may start while the one in front is at work."""
+    return {"launch_pdl": True} if early else {}

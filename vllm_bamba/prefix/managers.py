@@ -333,27 +333,31 @@ class OnlyWhereDue:
         end = start + num_new_tokens
         known = min(end, request.num_tokens)
         done = max(start - request.num_in_flight_tokens, 0)
-        place = (end - 1) // self.grain, known // self.grain
-        freed = (done - 1) // self.grain
         before = self._places.get(request_id)
+        allocated, keyed, freed = (end - 1) // self.grain, known // self.grain, (done - 1) // self.grain
         settled = before is not None and before.settled
         blocks: KVCacheBlocks = self._nothing
-        if before is not None and before[:2] == place:
+        if before is not None and before.allocated == allocated and before.keyed == keyed:
             if before.freed != freed and not settled:
                 settled = self._give_back(request, done)
         elif self.slots is not None and self.slots.stays(request_id, end - 1):
             settled = settled or self._give_back(request, done)
-            if self.slots.states[0].lacks_column(request_id, end - 1):
-                managers: Any = self.manager.coordinator.single_type_managers
-                blocks = self.manager.create_kv_cache_blocks(tuple(m.go_on(request_id, end - 1) for m in managers))
+            blocks = self._columns_in_place(self.slots, request, end - 1)
             self.slots.text.cache_answer(request, known)
         else:
             given = self.ask(request, num_new_tokens, num_new_computed_tokens, **more)
             if given is None:
                 return None
             blocks, settled = given, False
-        self._places[request_id] = Place(*place, freed, settled)
+        self._places[request_id] = Place(allocated, keyed, freed, settled)
         return blocks
+
+    def _columns_in_place(self, slots: Slots, request: Request, tokens: int) -> KVCacheBlocks:
+        """What the worker is to be told of an answer that stays in its blocks, which is nothing in most steps."""
+        if not slots.states[0].lacks_column(request.request_id, tokens):
+            return self._nothing
+        managers: Any = self.manager.coordinator.single_type_managers
+        return self.manager.create_kv_cache_blocks(tuple(m.go_on(request.request_id, tokens) for m in managers))
 
     def ask(
         self, request: Request, num_new_tokens: int, num_new_computed_tokens: int = 0, **more: Any

@@ -395,6 +395,26 @@ def test_a_session_goes_on_from_its_answer_with_more_of_the_prompt(
     assert engine.wrong == []
 
 
+@pytest.mark.parametrize("more", [40, 200])
+def test_a_session_goes_on_from_an_answer_in_place(more: int) -> None:
+    """Beside others that fill the cache."""
+    engine, in_place = Simulator(Geometry(blocks=58), asynchronous=True), []
+    for i in range(3):
+        engine.add(text(10 + i, 100), answer=220)
+    for tokens in (text(1, 100), text(2, more), text(3, more)):
+        sampling = SamplingParams(max_tokens=90, ignore_eos=True)
+        engine.scheduler.add_request(
+            Request("chat", tokens, sampling, None, block_hasher=engine._hasher, resumable=True)
+        )
+        session = engine.scheduler.requests["chat"]
+        engine.seen["chat"] = Seen(list(session.all_token_ids))
+        while session.status != RequestStatus.WAITING_FOR_STREAMING_REQ:
+            engine.step()
+            in_place.append("chat" in engine.scheduler.slots._in_place)
+    assert any(in_place)
+    assert engine.wrong == []
+
+
 @pytest.mark.parametrize("max_tokens", [32768, 512])  # a context shorter than a block: the block is all that there is
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_without_caching_groups_are_asked_once_a_block(asynchronous: bool, max_tokens: int, monkeypatch) -> None:

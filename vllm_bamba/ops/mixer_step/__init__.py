@@ -114,113 +114,110 @@ def mixer_step(
     if drafts and (slots.anchor is not None or constants["REPLAY"] <= 2 * drafts):
         ring = constants["REPLAY"]
         raise ValueError(f"{drafts} tokens cannot be taken back from a ring of {ring}, or behind an anchor")
-    step = _step if not constants["REPLAY"] else _step_drafts if drafts else _step_replayed
-    step(projected, weights, dt_limit, slots, plan, out, constants, num_warps)
+    step = _Step(projected, weights, dt_limit, slots, plan, out, constants, num_warps)
+    if not constants["REPLAY"]:
+        step.write()
+    elif drafts:
+        step.replay_drafts()
+    else:
+        step.replay()
 
 
-def _step(
-    projected: torch.Tensor,
-    weights: StepWeights,
-    dt_limit: tuple[float, float],
-    slots: FusedSlots,
-    plan: DecodePlan,
-    out: torch.Tensor,
-    constants: dict[str, Any],
-    num_warps: int,
-) -> None:
-    """States are written at once."""
-    states = slots.of_step[:3]
-    del constants["REPLAY"], constants["DRAFTS"]
-    step_kernel[constants["HEADS"], len(plan.slots)](
-        projected, out, *weights.of_kernels, weights.norm, plan.slots, plan.lengths, *states,
-        projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(states), *dt_limit,
-        **constants, BIAS=weights.conv_bias is not None, GATED=weights.norm is not None, num_warps=num_warps,
-    )  # fmt: skip
+class _Step(NamedTuple):
+    """What `mixer_step` was given, after its checks, and the sizes that all kernels are told."""
 
+    projected: torch.Tensor
+    weights: StepWeights
+    dt_limit: tuple[float, float]
+    slots: FusedSlots
+    plan: DecodePlan
+    out: torch.Tensor
+    constants: dict[str, Any]
+    num_warps: int
 
-def _step_replayed(
-    projected: torch.Tensor,
-    weights: StepWeights,
-    dt_limit: tuple[float, float],
-    slots: FusedSlots,
-    plan: DecodePlan,
-    out: torch.Tensor,
-    constants: dict[str, Any],
-    num_warps: int,
-) -> None:
-    """With a ring of tokens whose state is still to be written."""
-    fold, tokens = slots.anchor is None, len(projected)
-    heads, head_dim, groups = (constants[k] for k in ("HEADS", "HEAD_DIM", "GROUPS"))
-    early, integers, c_parts = _ways(projected, slots, constants)
-    convolved = projected.new_empty(tokens, slots.conv.shape[2] - heads * head_dim)
-    factors = projected.new_empty(tokens, heads * (constants["REPLAY"] + 4), dtype=torch.float32)
-    turns = fold_turns(heads, constants["REPLAY"], 0)
-    del constants["DRAFTS"], turns["PLACES"]
-    prepare = prepare_for(slots)
-    of_group, folded = heads // groups, min(prepare.folded, head_dim)
-    some_heads = min(prepare.heads, triton.next_power_of_2(of_group))
-    folds = turns["FOLDED"] * (head_dim // folded) if fold else 0
-    programs = folds + groups * -(-of_group // some_heads)  # as the kernel counts them
-    constants |= {"FOLD": fold, "BIAS": weights.conv_bias is not None, "EARLY": early, "INTEGERS": integers}
-    strides = (plan.slots.stride(0), *slot_strides(slots.of_step))
-    prepare_kernel[programs, len(plan.slots)](
-        projected, convolved, factors, c_parts, *weights.of_kernels, plan.slots, plan.lengths, *slots.of_step,
-        projected.stride(0), *strides, *dt_limit,
-        **constants, **turns, BLOCK_HEADS=some_heads, FOLD_DIM=folded, num_warps=prepare.num_warps,
-    )  # fmt: skip
-    replay_kernel[heads, len(plan.slots)](
-        projected, convolved, factors, c_parts, out, weights.taps, weights.conv_bias, weights.norm,
-        plan.slots, plan.lengths, *slots.of_step, projected.stride(0), out.stride(0), *strides,
-        **constants, GATED=weights.norm is not None, PERIOD=turns["PERIOD"], num_warps=num_warps, **_behind(early),
-    )  # fmt: skip
+    def write(self) -> None:
+        """States are written at once."""
+        projected, out, plan, states = self.projected, self.out, self.plan, self.slots.of_step[:3]
+        constants = self._told()
+        del constants["REPLAY"], constants["DRAFTS"]
+        step_kernel[constants["HEADS"], len(plan.slots)](
+            projected, out, *self.weights.of_kernels, self.weights.norm, plan.slots, plan.lengths, *states,
+            projected.stride(0), out.stride(0), plan.slots.stride(0), *slot_strides(states), *self.dt_limit,
+            **constants, GATED=self._gated, num_warps=self.num_warps,
+        )  # fmt: skip
 
+    def replay(self) -> None:
+        """With a ring of tokens whose state is still to be written."""
+        projected, weights, slots, plan, out = self.projected, self.weights, self.slots, self.plan, self.out
+        early, convolved, c_parts, strides = self._beside_states()
+        constants, fold = self._told(), slots.anchor is None
+        heads, head_dim, groups = (constants[k] for k in ("HEADS", "HEAD_DIM", "GROUPS"))
+        factors = projected.new_empty(len(projected), heads * (constants["REPLAY"] + 4), dtype=torch.float32)
+        turns = fold_turns(heads, constants["REPLAY"], 0)
+        del constants["DRAFTS"], turns["PLACES"]
+        prepare = prepare_for(slots)
+        of_group, folded = heads // groups, min(prepare.folded, head_dim)
+        some_heads = min(prepare.heads, triton.next_power_of_2(of_group))
+        folds = turns["FOLDED"] * (head_dim // folded) if fold else 0
+        programs = folds + groups * -(-of_group // some_heads)  # as the kernel counts them
+        constants |= {"FOLD": fold, "EARLY": early, "INTEGERS": c_parts is not None}
+        prepare_kernel[programs, len(plan.slots)](
+            projected, convolved, factors, c_parts, *weights.of_kernels, plan.slots, plan.lengths, *slots.of_step,
+            projected.stride(0), *strides, *self.dt_limit,
+            **constants, **turns, BLOCK_HEADS=some_heads, FOLD_DIM=folded, num_warps=prepare.num_warps,
+        )  # fmt: skip
+        replay_kernel[heads, len(plan.slots)](
+            projected, convolved, factors, c_parts, out, weights.taps, weights.conv_bias, weights.norm,
+            plan.slots, plan.lengths, *slots.of_step, projected.stride(0), out.stride(0), *strides,
+            **constants, GATED=self._gated, PERIOD=turns["PERIOD"], num_warps=self.num_warps, **_behind(early),
+        )  # fmt: skip
 
-def _step_drafts(
-    projected: torch.Tensor,
-    weights: StepWeights,
-    dt_limit: tuple[float, float],
-    slots: FusedSlots,
-    plan: DecodePlan,
-    out: torch.Tensor,
-    constants: dict[str, Any],
-    num_warps: int,
-) -> None:
-    """The same for sequences of several tokens, of which some may be taken back."""
-    tokens = len(projected)
-    heads, head_dim, groups = (constants[k] for k in ("HEADS", "HEAD_DIM", "GROUPS"))
-    early, integers, c_parts = _ways(projected, slots, constants)
-    constants |= {"TOKENS": tile_of_tokens(slots.drafts), "BIAS": weights.conv_bias is not None}
-    constants |= {"EARLY": early, "INTEGERS": integers}
-    convolved = projected.new_empty(tokens, slots.conv.shape[2] - heads * head_dim)
-    columns = constants["REPLAY"] + constants["TOKENS"] + 4
-    products = projected.new_empty(tokens, groups * columns, dtype=torch.float32)
-    turns, folded = fold_turns(heads, constants["REPLAY"], slots.drafts), min(PREPARE_DRAFTS.folded, head_dim)
-    programs = turns["FOLDED"] * turns["PLACES"] * (head_dim // folded) + groups  # as the kernel counts them
-    of_rows = (plan.slots, plan.lengths, plan.query_start_loc)
-    strides = (plan.slots.stride(0), *slot_strides(slots.of_step))
-    out.zero_()  # a graph has tokens that no sequence of its batch may own
-    prepare_drafts_kernel[programs, len(plan.slots)](
-        projected, convolved, products, c_parts, weights.taps, weights.conv_bias, weights.A,
-        *of_rows, *slots.of_step, projected.stride(0), *strides,
-        **constants, **turns, FOLD_DIM=folded, num_warps=PREPARE_DRAFTS.num_warps,
-    )  # fmt: skip
-    replay_drafts_kernel[heads, len(plan.slots)](
-        projected, convolved, products, c_parts, out, *weights.of_kernels, weights.norm,
-        *of_rows, *slots.of_step, projected.stride(0), out.stride(0), *strides, *dt_limit,
-        **constants, GATED=weights.norm is not None, PERIOD=turns["PERIOD"], num_warps=num_warps, **_behind(early),
-    )  # fmt: skip
+    def replay_drafts(self) -> None:
+        """The same for sequences of several tokens, of which some may be taken back."""
+        projected, weights, slots, plan, out = self.projected, self.weights, self.slots, self.plan, self.out
+        early, convolved, c_parts, strides = self._beside_states()
+        constants = self._told()
+        heads, head_dim, groups = (constants[k] for k in ("HEADS", "HEAD_DIM", "GROUPS"))
+        constants |= {"TOKENS": tile_of_tokens(slots.drafts), "EARLY": early, "INTEGERS": c_parts is not None}
+        columns = constants["REPLAY"] + constants["TOKENS"] + 4
+        products = projected.new_empty(len(projected), groups * columns, dtype=torch.float32)
+        turns, folded = fold_turns(heads, constants["REPLAY"], slots.drafts), min(PREPARE_DRAFTS.folded, head_dim)
+        programs = turns["FOLDED"] * turns["PLACES"] * (head_dim // folded) + groups  # as the kernel counts them
+        of_rows = (plan.slots, plan.lengths, plan.query_start_loc)
+        out.zero_()  # a graph has tokens that no sequence of its batch may own
+        prepare_drafts_kernel[programs, len(plan.slots)](
+            projected, convolved, products, c_parts, weights.taps, weights.conv_bias, weights.A,
+            *of_rows, *slots.of_step, projected.stride(0), *strides,
+            **constants, **turns, FOLD_DIM=folded, num_warps=PREPARE_DRAFTS.num_warps,
+        )  # fmt: skip
+        replay_drafts_kernel[heads, len(plan.slots)](
+            projected, convolved, products, c_parts, out, *weights.of_kernels, weights.norm,
+            *of_rows, *slots.of_step, projected.stride(0), out.stride(0), *strides, *self.dt_limit,
+            **constants, GATED=self._gated, PERIOD=turns["PERIOD"], num_warps=self.num_warps, **_behind(early),
+        )  # fmt: skip
 
+    @property
+    def _gated(self) -> bool:
+        return self.weights.norm is not None
 
-def _ways(
-    projected: torch.Tensor, slots: FusedSlots, constants: dict[str, Any]
-) -> tuple[bool, bool, torch.Tensor | None]:
-    """Whether kernels start early, whether they multiply integers, and then room for each token's C in such."""
-    integers = multiplies_integers(slots, projected.dtype)
-    parts = None
-    if integers:
-        of_token = constants["GROUPS"] * INTEGER_PARTS.value * constants["STATE"]
-        parts = projected.new_empty(len(projected), of_token, dtype=torch.int8)
-    return starts_early(projected.device), integers, parts
+    def _told(self) -> dict[str, Any]:
+        """What every kernel is told, to be added to."""
+        return self.constants | {"BIAS": self.weights.conv_bias is not None}
+
+    def _beside_states(self) -> tuple[bool, torch.Tensor, torch.Tensor | None, tuple[int, ...]]:
+        """Of the two kernels of a replayed step.
+
+        Returns:
+            Whether the second one starts early; room for B and C after the convolution and, where they multiply
+            integers, for C as such; strides of the table of slots and of these.
+        """
+        projected, constants, device = self.projected, self.constants, self.projected.device
+        inner, of_group = constants["HEADS"] * constants["HEAD_DIM"], INTEGER_PARTS.value * constants["STATE"]
+        convolved, c_parts = projected.new_empty(len(projected), self.slots.conv.shape[2] - inner), None
+        if multiplies_integers(self.slots, projected.dtype):
+            c_parts = projected.new_empty(len(projected), constants["GROUPS"] * of_group, dtype=torch.int8)
+        strides = (self.plan.slots.stride(0), *slot_strides(self.slots.of_step))
+        return starts_early(device), convolved, c_parts, strides
 
 
 def _behind(early: bool) -> dict[str, bool]:

@@ -10,16 +10,14 @@ import triton.language as tl
 
 from vllm_bamba.ops.mixer_step.kernels import (
     INTEGER_PARTS,
-    fold,
+    fold_in_slot,
     in_two,
     of_any_batch,
     product,
     silu,
-    store_state,
     tile_of,
     time_step,
     times_vector,
-    widened,
 )
 
 
@@ -125,17 +123,15 @@ def prepare_drafts_kernel(
         full = part % FOLDED * PERIOD + (PERIOD - (position + place) % PERIOD) % PERIOD
         if (full < HEADS) & (place < tokens):
             p = part // (FOLDED * PLACES) * FOLD_DIM + tl.arange(0, FOLD_DIM)
-            rows, values = tile_of(full * HEAD_DIM, p, n)
             ssm += slot * ssm_stride
             if QUANTISED:
                 scale += slot * scale_stride
-            ring_x += slot * ring_x_stride + full * REPLAY * HEAD_DIM
-            ring_b += full // (HEADS // GROUPS) * STATE
-            ring_dt += slot * ring_dt_stride + full * REPLAY
-            state = widened(tl.load(ssm + values), scale, rows, QUANTISED)
-            a = tl.load(a_ptr + full)
-            state = fold(state, a, position - 1, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, bc, REPLAY, DRAFTS)
-            store_state(state, ssm, scale, rows, values, n, position, QUANTISED)
+            ring_x += slot * ring_x_stride
+            ring_dt += slot * ring_dt_stride
+            fold_in_slot(
+                full, p, n, position, a_ptr, ssm, scale, ring_x, ring_b, ring_dt,
+                HEAD_DIM, HEADS // GROUPS, bc, REPLAY, DRAFTS, QUANTISED,
+            )  # fmt: skip
     else:
         group = part - FOLDS
         ENTRIES: tl.constexpr = REPLAY if REPLAY > 16 else 16  # the least that tensor cores take

@@ -228,6 +228,23 @@ def store_state(state, ssm, scale, rows, tile, n, position, QUANTISED: tl.conste
 
 
 @triton.jit
+def fold_in_slot(
+    head, p, n, position, a_ptr, ssm, scale, ring_x, ring_b, ring_dt,
+    HEAD_DIM: tl.constexpr, OF_GROUP: tl.constexpr, B_STRIDE: tl.constexpr, REPLAY: tl.constexpr,
+    DRAFTS: tl.constexpr, QUANTISED: tl.constexpr,
+):  # fmt: skip
+    """`fold` channels p of a head, of OF_GROUP in a group, in front of a position; the pointers are the slot's."""
+    rows, values = tile_of(head * HEAD_DIM, p, n)
+    ring_x += head * REPLAY * HEAD_DIM
+    ring_b += head // OF_GROUP * n.shape[0]
+    ring_dt += head * REPLAY
+    state = widened(tl.load(ssm + values), scale, rows, QUANTISED)
+    a = tl.load(a_ptr + head)
+    state = fold(state, a, position - 1, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, B_STRIDE, REPLAY, DRAFTS)
+    store_state(state, ssm, scale, rows, values, n, position, QUANTISED)
+
+
+@triton.jit
 def gate_and_norm(projected, norm_weight, rows, GATED: tl.constexpr):
     """What `store_gated` wants of a head's channels."""
     if GATED:
@@ -375,17 +392,14 @@ def prepare_kernel(
         full = part % FOLDED * PERIOD + (PERIOD - position % PERIOD) % PERIOD  # one that `is_folded`
         if full < HEADS:
             p = part // FOLDED * FOLD_DIM + tl.arange(0, FOLD_DIM)
-            rows, values = tile_of(full * HEAD_DIM, p, n)
             ssm += slot * ssm_stride
             if QUANTISED:
                 scale += slot * scale_stride
-            ring_x += slot * ring_x_stride + full * REPLAY * HEAD_DIM
-            ring_b += full // (HEADS // GROUPS) * STATE
-            ring_dt += full * REPLAY
-            state = widened(tl.load(ssm + values), scale, rows, QUANTISED)
-            a = tl.load(a_ptr + full)
-            state = fold(state, a, position - 1, ring_x, ring_b, ring_dt, p, n, HEAD_DIM, bc, REPLAY, 0)
-            store_state(state, ssm, scale, rows, values, n, position, QUANTISED)
+            ring_x += slot * ring_x_stride
+            fold_in_slot(
+                full, p, n, position, a_ptr, ssm, scale, ring_x, ring_b, ring_dt,
+                HEAD_DIM, HEADS // GROUPS, bc, REPLAY, 0, QUANTISED,
+            )  # fmt: skip
     else:
         group, of_group = (part - FOLDS) // HEAD_BLOCKS, (part - FOLDS) % HEAD_BLOCKS
         own = inner + group * STATE + n

@@ -20,7 +20,7 @@ from vllm_bamba.ops.ssd_prefill import scan, ssd_prefill, warm_up
 from vllm_bamba.ops.ssm_step import ssm_step
 from vllm_bamba.prefix.policy import PREFILLS
 from vllm_bamba.state import DecodePlan, FusedSlots, PrefillPlan, SlotFormat, channels_first
-from vllm_bamba.warm_up import warm_ups
+from vllm_bamba.warm_up import Call, warm_ups
 
 if TYPE_CHECKING:
     from vllm_bamba.mixer import BambaMixer
@@ -162,9 +162,11 @@ class FusedMixing(Mixing):
     def warm_up(self, projected: torch.Tensor) -> None:
         """As `Mixing.warm_up`; one layer does it for all alike."""
         self._warm_scan_up(projected, torch.float32)
-        row = projected.new_zeros(1, projected.shape[1])
-        calls = [partial(call, row) for call in (self._warm_slots_up, self._warm_step_up, self._warm_moves_up)]
-        warm_ups.start(("mixing", self.form, self.divides_later, row.dtype), lambda: calls, row.device)
+        kernels = ("mixing", self.form, self.divides_later, projected.dtype)
+        warm_ups.start(kernels, lambda: self._warm_ups(projected.new_zeros(1, projected.shape[1])), projected.device)
+
+    def _warm_ups(self, row: torch.Tensor) -> list[Call]:
+        return [partial(call, row) for call in (self._warm_slots_up, self._warm_step_up, self._warm_moves_up)]
 
     def _some_slots(self, device: torch.device) -> FusedSlots:
         """Two, which are no layer's; the first one is padding."""

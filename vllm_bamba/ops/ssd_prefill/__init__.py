@@ -1,7 +1,6 @@
 """The state-space recurrence over packed prefills (SSD, arXiv:2405.21060; equations in ../README.md)."""
 
 import functools
-from functools import partial
 
 import torch
 from vllm.platforms import current_platform
@@ -89,35 +88,27 @@ def warm_up(
     """
     if device.type == "cpu":
         return  # the C++ kernel is made already
-    run = partial(_run_one_chunk, x, B, chunk_size, dtype, state_dtype, device)
+
+    def run() -> None:
+        tokens = {"dtype": dtype, "device": device}
+        of_heads = torch.ones(x[0], **tokens)
+        cache = torch.zeros(1, *x, B[1], dtype=state_dtype, device=device)
+        for continues in (False, True):
+            ssd_prefill(
+                torch.ones(chunk_size, *x, **tokens),
+                of_heads.expand(chunk_size, -1).contiguous(),
+                -of_heads.float(),
+                torch.ones(chunk_size, *B, **tokens),
+                torch.ones(chunk_size, *B, **tokens),
+                of_heads,
+                of_heads,
+                NO_TIME_STEP_LIMIT,
+                cache,
+                PrefillPlan.of_one_chunk(chunk_size, continues, device),
+                torch.empty(chunk_size, *x, **tokens),
+            )
+
     if use_tuned_launches(x[1], B[1], chunk_size, dtype, device):
         warm_ups.start(("ssd_prefill", x, B, chunk_size, dtype, state_dtype), lambda: [run], device)
     else:
         run()  # tries launches out, which nothing else should disturb
-
-
-def _run_one_chunk(
-    x: tuple[int, int],
-    B: tuple[int, int],
-    chunk_size: int,
-    dtype: torch.dtype,
-    state_dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    tokens = {"dtype": dtype, "device": device}
-    of_heads = torch.ones(x[0], **tokens)
-    cache = torch.zeros(1, *x, B[1], dtype=state_dtype, device=device)
-    for continues in (False, True):
-        ssd_prefill(
-            torch.ones(chunk_size, *x, **tokens),
-            of_heads.expand(chunk_size, -1).contiguous(),
-            -of_heads.float(),
-            torch.ones(chunk_size, *B, **tokens),
-            torch.ones(chunk_size, *B, **tokens),
-            of_heads,
-            of_heads,
-            NO_TIME_STEP_LIMIT,
-            cache,
-            PrefillPlan.of_one_chunk(chunk_size, continues, device),
-            torch.empty(chunk_size, *x, **tokens),
-        )

@@ -165,8 +165,8 @@ def prepare_drafts_kernel(
         if convolved.dtype.element_ty == tl.bfloat16:
             PARTS: tl.constexpr = 1 if ring_b.dtype.element_ty == tl.bfloat16 else 3
             across = tl.trans(c)
-            of_ring = product(past, across, PARTS, 1, tl.zeros([ENTRIES, TOKENS], tl.float32))
-            of_step = product(b, across, 1, 1, tl.zeros([TOKENS, TOKENS], tl.float32))
+            of_ring = product(past, across, PARTS, tl.zeros([ENTRIES, TOKENS], tl.float32))
+            of_step = product(b, across, 1, tl.zeros([TOKENS, TOKENS], tl.float32))
             columns = products + j[None, :] * (GROUPS * COLUMNS)
             tl.store(columns + k[:, None], of_ring, mask=(j < tokens)[None, :] & (k < REPLAY)[:, None])
             tl.store(columns + REPLAY + j[:, None], of_step, mask=(j < tokens)[None, :])
@@ -289,7 +289,7 @@ def replay_drafts_kernel(
     if INTEGERS:
         y = sum_parts(tl.dot(kept, c, out_dtype=tl.int32).to(tl.float32) * units[None, :])  # sums of integers are exact
     elif BF16:
-        y = product(kept, c, STATE_PARTS, 1, y)
+        y = product(kept, c, STATE_PARTS, y)
     else:
         for token in tl.static_range(DRAFTS + 1):
             if token < tokens:
@@ -299,12 +299,12 @@ def replay_drafts_kernel(
     if QUANTISED:
         y *= of_row[:, None]
     if BF16:
-        sums = product(past, in_parts(of_old), X_PARTS, 1, tl.zeros([HEAD_DIM, 4 * TOKENS], tl.float32))
+        sums = product(past, in_parts(of_old), X_PARTS, tl.zeros([HEAD_DIM, 4 * TOKENS], tl.float32))
         # a draft that is taken back may be infinite, which times 0 is NaN in the tokens before it
         finite = tl.where(tl.abs(x) < float("inf"), x, 0).to(tl.bfloat16)
         if SPREAD == 2:
             finite = tl.reshape(tl.join(finite, tl.zeros_like(finite)), [HEAD_DIM, 2 * TOKENS])
-        y += sum_parts(product(finite, in_parts(of_new), 1, 1, sums))
+        y += sum_parts(product(finite, in_parts(of_new), 1, sums))
     else:
         for token in tl.static_range(DRAFTS + 1):
             counts = tl.sum(tl.where(j[None, :] == token, of_old, 0), 1)

@@ -52,20 +52,16 @@ def convolve(
 
 
 @triton.jit
-def product(x, b, X_PARTS: tl.constexpr, B_PARTS: tl.constexpr, sums):
-    """sums + x b in fp32 on tensor cores, [M, K] times [K, N], both in parts of bf16, so that every product is exact.
+def product(x, b, PARTS: tl.constexpr, sums):
+    """sums + x b in fp32 on tensor cores, [M, K] times [K, N] in bf16; x in parts, so that every product is exact.
 
     Three parts hold an fp32 number, two one in fp16.
     """
-    left = x.to(tl.float32)
-    for _ in tl.static_range(X_PARTS):
+    left, right = x.to(tl.float32), b.to(tl.bfloat16)
+    for _ in tl.static_range(PARTS):
         high = left.to(tl.bfloat16)
         left -= high.to(tl.float32)
-        right = b.to(tl.float32)
-        for _ in tl.static_range(B_PARTS):
-            part = right.to(tl.bfloat16)
-            right -= part.to(tl.float32)
-            sums = tl.dot(high, part, sums)
+        sums = tl.dot(high, right, sums)
     return sums
 
 
@@ -130,7 +126,6 @@ def fold(
     Time is added up from the newest token on, so that recent ones lose nothing.
     """
     TOKENS: tl.constexpr = REPLAY if REPLAY > 16 else 16  # the least that tensor cores take
-    PARTS: tl.constexpr = 1 if ring_b.dtype.element_ty == tl.bfloat16 else 3
     k = tl.arange(0, TOKENS)
     index = (newest + 1 + k) % REPLAY  # oldest first
     times = tl.load(ring_dt + index, mask=(k < REPLAY) & (k >= DRAFTS), other=0)
@@ -141,7 +136,15 @@ def fold(
     b = tl.load(ring_b + index[:, None] * B_STRIDE + n[None, :])
     x, b = tl.where(live[None, :], x, 0), tl.where(live[:, None], b, 0)
     x *= (times * tl.exp(a * since))[None, :]
-    return product(x, b, 3, PARTS, state * tl.exp(a * tl.sum(times, 0)))
+    state *= tl.exp(a * tl.sum(times, 0))
+    if ring_b.dtype.element_ty == tl.bfloat16:
+        return product(x, b, 3, state)
+    added = tl.zeros_like(state)  # tensor cores cut sums off where fp32 would round
+    for i in tl.range(TOKENS):
+        of_x = tl.sum(tl.where((k == i)[None, :], x, 0), 1)
+        of_b = tl.sum(tl.where((k == i)[:, None], b.to(tl.float32), 0), 0)
+        added += of_x[:, None] * of_b[None, :]
+    return state + added
 
 
 @triton.jit
@@ -507,13 +510,13 @@ def replay_kernel(
         y = times_integers(kept, parts, unit * decay, n)
     elif BF16:
         zeros = tl.zeros([HEAD_DIM, 8], tl.float32)
-        y = product(kept, as_columns(tl.load(b + bc), 1), STATE_PARTS, 1, zeros) * decay
+        y = product(kept, as_columns(tl.load(b + bc), 1), STATE_PARTS, zeros) * decay
     else:
         y = times_vector(kept, tl.load(b + bc))[:, None] * decay
     if QUANTISED:
         y *= of_row[:, None]
     if BF16:
-        y = product(past, as_columns(counts, 3), X_PARTS, 1, y)
+        y = product(past, as_columns(counts, 3), X_PARTS, y)
     else:
         y += times_vector(past, counts)[:, None]
     y = tl.sum(y, 1) + new * x

@@ -10,6 +10,7 @@ from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadataBuilde
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from vllm_bamba import state_metadata
+from vllm_bamba.prefill_graphs import MOST, Run, ShortPrefills
 from vllm_bamba.state import plan_batch
 from vllm_bamba.state_metadata import InnerStateBuilder, InnerStateMetadata, StateMetadata, StateMetadataBuilder
 
@@ -62,8 +63,8 @@ def test_while_memory_is_profiled_nothing_is_kept() -> None:
     assert build({0: (0, 50)}, hash_block_size=None) is None
 
 
-class TestDecodesForGraphs:
-    """The slots of a second group of layers, against what vLLM's builder makes of the same."""
+class TestForGraphs:
+    """What graphs read: of a second group of layers against what vLLM's builder makes of the same."""
 
     DECODES = ((1, 1), (UNIT, 1), (UNIT + 1, 1), (0, 0))  # tokens of each sequence, and new ones; the last row pads
 
@@ -74,11 +75,13 @@ class TestDecodesForGraphs:
         largest: int = 8,
         graphs: str = "FULL_DECODE_ONLY",
         drafts: int = 0,
+        layer: SimpleNamespace | None = None,
+        hash_block_size: int | None = None,
     ) -> Mamba2AttentionMetadataBuilder:
         compilation = SimpleNamespace(
             max_cudagraph_capture_size=largest,
             cudagraph_mode=CUDAGraphMode[graphs],
-            static_forward_context={"layer": SimpleNamespace(wants_graphs=False)},
+            static_forward_context={"layer": layer or SimpleNamespace(wants_graphs=False)},
         )
         speculative = SimpleNamespace(num_speculative_tokens=drafts, parallel_drafting=False)
         config = SimpleNamespace(
@@ -87,7 +90,10 @@ class TestDecodesForGraphs:
             num_speculative_tokens=drafts,
             scheduler_config=SimpleNamespace(max_num_seqs=8),
             cache_config=SimpleNamespace(
-                use_replayssm=False, replayssm_buffer_len=0, mamba_cache_mode=mode, hash_block_size=None
+                use_replayssm=False,
+                replayssm_buffer_len=0,
+                mamba_cache_mode=mode,
+                hash_block_size=hash_block_size,
             ),
             mamba_config=SimpleNamespace(backend=None),
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
@@ -143,7 +149,7 @@ class TestDecodesForGraphs:
         ],
         ids=["decodes", "more than graphs take", "no graphs of whole steps", "a prefill among them"],
     )
-    def test_stand_where_vllm_puts_them(
+    def test_slots_of_decodes_stand_where_vllm_puts_them(
         self, mode: str, rows: tuple[tuple[int, int], ...], graphs: dict[str, object], fetched: bool
     ) -> None:
         made = self.of_two_groups(mode, rows, **graphs)
@@ -179,3 +185,27 @@ class TestDecodesForGraphs:
         assert (decode.num_tokens, captured.num_tokens) == (6, 12)
         assert decode.slots.data_ptr() == captured.slots.data_ptr()
         assert decode.slots.stride() == captured.slots.stride()
+
+    def test_short_prefills_are_described_behind_decodes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(state_metadata, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+        made = SimpleNamespace(made=False)
+        layers = [SimpleNamespace(wants_graphs=True, graphs=made) for _ in range(2)]
+        first, second = (
+            self.builder(StateMetadataBuilder, "align", layer=layer, hash_block_size=8) for layer in layers
+        )
+        batch = self.batch(TABLE[:3], ((40, 1), (50, 50), (36, 20)))
+        assert first.build(0, batch).short_slots is None
+        made.made = True
+        of_first = first.build(0, batch)
+        of_second = second.update_block_table(of_first, TABLE[:3] + 500, torch.zeros(0))
+        expected = ShortPrefills(256, torch.device("cpu"))
+        expected.fill([Run(0, 50, 48), Run(16, 20, 16)])
+        assert first.short is second.short
+        assert torch.equal(first.short.words, expected.words)
+        slots = torch.zeros(2, MOST.sequences, dtype=torch.int32)
+        slots[:, :2] = torch.stack([TABLE[[1, 2], [3, 2]], TABLE[[1, 2], [2, 1]]])
+        assert of_first.short_slots is first.short_slots is layers[0].short_slots
+        assert torch.equal(of_first.short_slots, slots)
+        assert of_second.short_slots is second.short_slots is layers[1].short_slots
+        assert torch.equal(of_second.short_slots, slots + 500 * (slots > 0))
+        assert first.build(0, self.batch(TABLE[:1], ((40, 1),))).short_slots is None

@@ -218,15 +218,15 @@ class FusedMixing(Mixing):
         x, B, C = self._heads(xBC)
         y = x.new_empty(x.shape) if self.divides_later else self._by_head(output)
         limit = mixer.shape.time_step_limit
-        states, which = scan(
+        states, last, of_inner = scan(
             x, dt, mixer.A, B, C, mixer.D, mixer.dt_bias, limit, initial, plan, y, torch.float32
         )  # fmt: skip
         if self.divides_later:
             gate = projected[:, : mixer.shard.local_intermediate]
             gate_for_later(y.flatten(1), gate, mixer.norm.weight, output)
-        write_slots(slots, plan.slots, plan.lengths, inputs[: 1 + sequences], states, which[:sequences])
+        write_slots(slots, plan.slots, plan.lengths, inputs[: 1 + sequences], states, last)
         if inner is not None:
-            write_slots(slots, inner.slots, inner.lengths, inputs[sequences:], states, which[sequences:])
+            write_slots(slots, inner.slots, inner.lengths, inputs[sequences:], states, of_inner)
 
 
 @functools.cache  # never forgets: graphs read it

@@ -1,126 +1,172 @@
 """Short prefills as CUDA graphs.
 
-What a mixer does with a prompt is a dozen kernels. For a few hundred tokens a GPU is done with them long before the
-host has launched them for the next layer, so the host decides when the first token comes. vLLM's own graphs of prefills
-leave the mixers out. Here they get graphs of their own: one for each layer and each of `SIZES`, for the prefill of a
-single sequence, whatever else the batch decodes. What differs from step to step is read from memory that stays where it
-is: `LonePrefill` describes the sequence to all layers, the metadata's builder fills it, and a layer's tokens are copied
-to and from buffers that all layers share.
+What a mixer does with prompts is a dozen kernels. For some hundred tokens a GPU is done with them long before the host
+has launched them for the next layer, so the host decides when first tokens come. vLLM's own graphs of prefills leave
+the mixers out. Here they get graphs of their own: one for each layer and each of `SHAPES`, for the prefills of a step,
+whatever else it decodes. What differs from step to step is read from memory that stays where it is: `ShortPrefills`
+describes the sequences to all layers, the metadata's builder fills it, and a layer's tokens are copied to and from
+buffers that all layers share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_bamba.state import INPUTS, InnerStates, PrefillPlan
 
-SIZES = (32, 64, 128, 256, 512, 1024)  # tokens; longer prefills keep a GPU busy
+
+class Shape(NamedTuple):
+    """The most that a graph takes: sequences, and tokens of all of them."""
+
+    sequences: int
+    tokens: int
+
+
+# in the order in which they are preferred; more keeps a GPU busy
+SHAPES = (
+    *(Shape(1, tokens) for tokens in (32, 64, 128, 256, 512, 1024, 2048)),
+    *(Shape(4, tokens) for tokens in (256, 1024, 2048)),
+    *(Shape(8, tokens) for tokens in (512, 2048)),
+)
+MOST = SHAPES[-1]
 CONV_BLOCK = 8  # tokens of a program of vLLM's convolution
-NOTHING = -1  # what such a program has to do where the sequence has ended
+NOTHING = -1  # what such a program has to do behind the last sequence
 ALIGNMENT = 4  # words: kernels need not be made again for other addresses
 
 
-class LonePrefill:
-    """The prefill of one sequence, at addresses that stay.
+def shape_for(sequences: int, tokens: int) -> Shape | None:
+    """Of the graph that takes so many sequences with so many tokens in all; None where none does, or none are there."""
+    fitting = (shape for shape in SHAPES if 0 < sequences <= shape.sequences and tokens <= shape.tokens)
+    return next(fitting, None)
+
+
+class Run(NamedTuple):
+    """A sequence's part of a step: `tokens` from position `start` on.
+
+    The state after `inner` of them is kept; with 0 none is.
+    """
+
+    start: int
+    tokens: int
+    inner: int = 0
+
+
+class ShortPrefills:
+    """The prefills of a step, at addresses that stay.
 
     Args:
         chunk_size: tokens of an SSD chunk.
-        device: where it is kept.
-        most: tokens of the longest.
+        device: where they are kept.
+        most: what has to fit.
     """
 
-    def __init__(self, chunk_size: int, device: torch.device, most: int = SIZES[-1]):
+    def __init__(self, chunk_size: int, device: torch.device, most: Shape = MOST):
         self.chunk_size, self.most = chunk_size, most
-        counts = {
-            "lengths": 1,
-            "query_start_loc": 2,
-            "continues": 1,
-            "chunk_start_loc": self._chunks(most) + 1,
-            "last_chunk": 1,
-            "conv_programs": -(-most // CONV_BLOCK),
-            "inner_lengths": 1,
-            "inner_inputs": INPUTS,
-            "chunks": 2,
+        sequences, chunks, programs = most.sequences, self._chunks(most), self._programs(most)
+        self._counts = {
+            "lengths": sequences,
+            "query_start_loc": sequences + 1,
+            "continues": -(-sequences // 4),  # bytes
+            "chunk_start_loc": chunks + 1,
+            "chunk_sequence": chunks,
+            "last_chunk": sequences,
+            "conv_sequence": programs,
+            "conv_block": programs,
+            "inner_lengths": sequences,
+            "inner_inputs": sequences * INPUTS,
+            "inner_chunks": sequences,
         }
         self._places, end = {}, 0
-        for name, count in counts.items():
+        for name, count in self._counts.items():
             self._places[name] = slice(end, end + count)
             end += -(-count // ALIGNMENT) * ALIGNMENT
         self.words = torch.zeros(end, dtype=torch.int32, device=device)
-        self._first_chunk = torch.zeros(self._chunks(most), dtype=torch.int32, device=device)
-        self._conv_offsets = torch.arange(counts["conv_programs"], dtype=torch.int32, device=device)
 
-    def fill(self, start: int, tokens: int, inner: int = 0) -> None:
-        """Describe the sequence's `tokens` tokens from position `start` on; the state after `inner` of them is kept."""
-        cuts = range(-start % self.chunk_size, tokens, self.chunk_size)
-        ends = [*sorted({*cuts, inner} - {0}), tokens]
-        chunks = [0, *ends]
-        blocks = -(-tokens // CONV_BLOCK)
-        values = {
-            "lengths": [start + tokens],
-            "query_start_loc": [0, tokens],
-            "continues": [int(start > 0)],
-            "chunk_start_loc": chunks + [tokens] * (len(self._first_chunk) + 1 - len(chunks)),
-            "last_chunk": [len(ends) - 1],
-            "conv_programs": [0] * blocks + [NOTHING] * (len(self._conv_offsets) - blocks),
-            "inner_lengths": [start + inner],
-            "inner_inputs": [max(inner - i, 0) for i in range(INPUTS, 0, -1)],
-            "chunks": [len(ends) - 1, ends.index(inner) if inner else 0],
-        }
+    def fill(self, runs: Sequence[Run]) -> None:
+        """Describe a step's prefills, in their order."""
+        values: dict[str, list[int]] = {name: [] for name in self._counts}
+        chunk_sequence, begin = values["chunk_sequence"], 0
+        values["query_start_loc"].append(0)
+        values["chunk_start_loc"].append(0)
+        for i, (start, tokens, inner) in enumerate(runs):
+            cuts = range(-start % self.chunk_size, tokens, self.chunk_size)
+            ends = [*sorted({*cuts, inner} - {0}), tokens]
+            values["inner_chunks"].append(len(chunk_sequence) + ends.index(inner) if inner else 0)
+            values["inner_lengths"].append(start + inner)
+            values["inner_inputs"] += [max(begin + inner - back, 0) for back in range(INPUTS, 0, -1)]
+            chunk_sequence += [i] * len(ends)
+            values["chunk_start_loc"] += [begin + end for end in ends]
+            values["last_chunk"].append(len(chunk_sequence) - 1)
+            blocks = range(-(-tokens // CONV_BLOCK))
+            values["conv_sequence"] += [i] * len(blocks)
+            values["conv_block"] += blocks
+            begin += tokens
+            values["query_start_loc"].append(begin)
+            values["lengths"].append(start + tokens)
+        flags = bytes(start > 0 for start, *_ in runs)
+        values["continues"] = [int.from_bytes(flags[i : i + 4], "little") for i in range(0, len(flags), 4)]
+        # sequences that are not there have no tokens, and chunks that are not there belong to the last one that is
+        behind = {"query_start_loc": begin, "chunk_start_loc": begin, "conv_sequence": NOTHING}
+        behind |= {"chunk_sequence": len(runs) - 1, "last_chunk": len(chunk_sequence) - 1}
         words = [0] * len(self.words)
         for name, place in self._places.items():
-            words[place] = values[name]
+            words[place] = values[name] + [behind.get(name, 0)] * (self._counts[name] - len(values[name]))
         async_tensor_h2d(words, out=self.words)
 
-    def plan(self, size: int, slots: torch.Tensor) -> PrefillPlan:
-        """The same as a plan of `size` tokens, of which those behind the sequence belong to nobody.
+    def plan(self, shape: Shape, slots: torch.Tensor) -> PrefillPlan:
+        """The same as a plan of a graph's shape, with sequences of no tokens, and tokens that belong to nobody.
 
         Args:
-            size: no less than the sequence's tokens.
-            slots: int32 [2], of the sequence and of the state inside of it.
+            shape: no less than there is.
+            slots: int32 [2, `most.sequences`], of sequences and of states inside of them; 0 where there is none.
         """
         words = {name: self.words[place] for name, place in self._places.items()}
-        count, programs = self._chunks(size), -(-size // CONV_BLOCK)
+        (sequences, tokens), chunks, programs = shape, self._chunks(shape), self._programs(shape)
         of_programs = {
-            "batch_ptr": words["conv_programs"][:programs],
-            "token_chunk_offset_ptr": self._conv_offsets[:programs],
+            "batch_ptr": words["conv_sequence"][:programs],
+            "token_chunk_offset_ptr": words["conv_block"][:programs],
         }
         of_blocks = {"tot": programs, "mlist": None, "mlist_len": programs, "offsetlist": None}
         return PrefillPlan(
-            num_tokens=size,
-            slots=slots[:1],
-            lengths=words["lengths"],
-            query_start_loc=words["query_start_loc"],
-            continues=words["continues"].view(torch.bool)[:1],
+            num_tokens=tokens,
+            slots=slots[0, :sequences],
+            lengths=words["lengths"][:sequences],
+            query_start_loc=words["query_start_loc"][: sequences + 1],
+            continues=words["continues"].view(torch.bool)[:sequences],
             any_continues=True,
             chunk_size=self.chunk_size,
-            chunk_start_loc=words["chunk_start_loc"][: count + 1],
-            chunk_sequence=self._first_chunk[:count],
-            last_chunk=words["last_chunk"],
+            chunk_start_loc=words["chunk_start_loc"][: chunks + 1],
+            chunk_sequence=words["chunk_sequence"][:chunks],
+            last_chunk=words["last_chunk"][:sequences],
             conv_metadata=SimpleNamespace(nums_dict={CONV_BLOCK: of_blocks | of_programs}, **of_programs),
             inner=InnerStates(
-                slots=slots[1:],
-                lengths=words["inner_lengths"],
-                inputs=words["inner_inputs"][None],
-                chunks=words["chunks"],
-                offsets=(0,),
+                slots=slots[1, :sequences],
+                lengths=words["inner_lengths"][:sequences],
+                inputs=words["inner_inputs"].view(-1, INPUTS)[:sequences],
+                chunks=words["inner_chunks"][:sequences],
+                offsets=(0,) * sequences,
             ),
         )
 
-    def _chunks(self, tokens: int) -> int:
-        """The most that so many tokens fall into, wherever they start and whatever state is kept inside."""
-        return -(-tokens // self.chunk_size) + 2
+    def _chunks(self, shape: Shape) -> int:
+        """The most into which tokens fall, wherever sequences start and whatever states are kept inside."""
+        return -(-shape.tokens // self.chunk_size) + 3 * shape.sequences - 1
+
+    def _programs(self, shape: Shape) -> int:
+        """The most blocks of the convolution."""
+        return -(-shape.tokens // CONV_BLOCK) + shape.sequences - 1
 
 
 @cache
-def lone_prefill(chunk_size: int, device: torch.device) -> LonePrefill:
+def short_prefills(chunk_size: int, device: torch.device) -> ShortPrefills:
     """The one of all layers and steps."""
-    return LonePrefill(chunk_size, device)
+    return ShortPrefills(chunk_size, device)
 
 
 @cache
@@ -134,7 +180,7 @@ def _shared_pool(device: torch.device) -> tuple[tuple[int, int], torch.cuda.Stre
 
 @cache
 def _buffer(name: str, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.zeros(SIZES[-1], columns, dtype=dtype, device=device)
+    return torch.zeros(MOST.tokens, columns, dtype=dtype, device=device)
 
 
 class PrefillGraphs:
@@ -146,7 +192,7 @@ class PrefillGraphs:
 
     def __init__(self, prefill: Callable[[torch.Tensor, PrefillPlan, torch.Tensor], None]):
         self._prefill = prefill
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         self._captured_for: tuple[int, ...] = ()
 
     @property
@@ -154,14 +200,19 @@ class PrefillGraphs:
         return bool(self._graphs)
 
     def capture(
-        self, projected: torch.Tensor, output: torch.Tensor, plan: LonePrefill, slots: torch.Tensor, state: torch.Tensor
+        self,
+        projected: torch.Tensor,
+        output: torch.Tensor,
+        plan: ShortPrefills,
+        slots: torch.Tensor,
+        state: torch.Tensor,
     ) -> bool:
         """Make the graphs and return true, unless they are there already.
 
         Args:
             projected, output: like those that `run` will get.
-            plan: describes the sequence; what it says is lost.
-            slots: int32 [2], as for `LonePrefill.plan`; of all steps to come. What they are is lost, too.
+            plan: describes the sequences; what it says is lost.
+            slots: as for `ShortPrefills.plan`; of all steps to come. What they are is lost, too.
             state: part of the layer's cache; where it has moved, graphs are made anew.
         """
         captured_for = (state.data_ptr(), slots.data_ptr())
@@ -171,9 +222,9 @@ class PrefillGraphs:
         given, made = self._buffers(projected, output)
         pool, stream = _shared_pool(projected.device)
         graphs = {}  # those before keep the pool alive until these are made
-        for size in SIZES:
-            plan.fill(0, size)
-            call = (given[:size], plan.plan(size, slots), made[:size])
+        for shape in reversed(SHAPES):  # the pool gets its largest pieces first
+            plan.fill([Run(0, shape.tokens)])
+            call = (given[: shape.tokens], plan.plan(shape, slots), made[: shape.tokens])
             self._prefill(*call)  # kernels are made here, not while a graph is
             graph = torch.cuda.CUDAGraph()
             stream.wait_stream(torch.cuda.current_stream())
@@ -184,25 +235,27 @@ class PrefillGraphs:
                 finally:
                     graph.capture_end()
             torch.cuda.current_stream().wait_stream(stream)
-            graphs[size] = graph
+            graphs[shape] = graph
         self._graphs, self._captured_for = graphs, captured_for
         return True
 
-    def run(self, projected: torch.Tensor, slots: torch.Tensor, state: torch.Tensor, output: torch.Tensor) -> bool:
-        """Do a prefill that `LonePrefill` describes now, [tokens, in_proj rows] -> output; false if there is no graph.
+    def run(
+        self, projected: torch.Tensor, sequences: int, slots: torch.Tensor, state: torch.Tensor, output: torch.Tensor
+    ) -> bool:
+        """Do the prefills that `ShortPrefills` describes now; false if there is no graph for them.
 
         Args:
-            projected: the sequence's tokens.
+            projected: [tokens, in_proj rows], the sequences' one behind the other.
+            sequences: how many.
             slots, state: those for which the graphs were made.
             output: like `projected`.
         """
-        tokens = len(projected)
-        size = next((size for size in SIZES if size >= tokens), 0)
-        if size not in self._graphs or self._captured_for != (state.data_ptr(), slots.data_ptr()):
+        tokens, shape = len(projected), shape_for(sequences, len(projected))
+        if shape not in self._graphs or self._captured_for != (state.data_ptr(), slots.data_ptr()):
             return False
         given, made = self._buffers(projected, output)
         given[:tokens].copy_(projected)
-        self._graphs[size].replay()
+        self._graphs[shape].replay()
         output.copy_(made[:tokens])
         return True
 

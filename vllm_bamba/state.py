@@ -51,7 +51,7 @@ class InnerStates:
         slots: int32 [sequences]; 0: nothing is kept.
         lengths: int32 [sequences], tokens of each sequence up to there.
         inputs: integers [sequences, INPUTS], which of the batch's prefill tokens are the last of these.
-        chunks: int32 [2 * sequences], the chunk that ends each sequence, then the chunk that ends there.
+        chunks: int32 [sequences], the chunk that ends there.
         offsets: new tokens of each sequence up to there, known without asking the device; 0: nothing is kept. For CPUs.
     """
 

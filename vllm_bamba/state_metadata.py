@@ -3,7 +3,7 @@
 *States inside of prefills.* vLLM reserves a block for one such state of each prefill (it says "prefill checkpoint") and
 asks the metadata's builder where it is. A prompt's reusable end then costs no step of its own.
 
-*A lone prefill* of few tokens is described at fixed addresses as well, for `prefill_graphs`.
+*Short prefills* are described at fixed addresses as well, for `prefill_graphs`.
 
 *Decodes in a CUDA graph* differ from one group of layers to the next in their slots alone, which the graph reads at one
 address a group: one operation fetches them, where vLLM goes through all of the metadata. The 9B has ten groups.
@@ -27,7 +27,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadata, Mamba2AttentionMetadataBuilder
 
-from vllm_bamba.prefill_graphs import lone_prefill
+from vllm_bamba.prefill_graphs import MOST, Run, shape_for, short_prefills
 from vllm_bamba.prefix.options import active
 from vllm_bamba.prefix.policy import inner_position
 from vllm_bamba.state import INPUTS
@@ -92,37 +92,37 @@ class StateMetadata(Mamba2AttentionMetadata):
     """vLLM's.
 
     Attributes:
-        lone_slots: int32 [2], the slots of a lone prefill and of the state inside of it, 0 where none is kept; always
-            the same tensor. None for other batches.
+        short_slots: int32 [2, `MOST.sequences`], the slots of short prefills and of the states inside of them, 0 where
+            there is none; always the same tensor. None for other batches.
         slot_columns: int64 [sequences, 1], where in its row of any group's block table each sequence's slot stands;
             None where no second group has asked, or decodes are not in a CUDA graph.
         first_rows: sequences of one token, whose states of zeros each group makes for itself, in a batch of one token a
             sequence for Model Runner V1.
     """
 
-    lone_slots: torch.Tensor | None = None
+    short_slots: torch.Tensor | None = None
     slot_columns: torch.Tensor | None = None
     first_rows: Sequence[int] = ()
 
 
 class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
-    """vLLM's, which keeps states where `InnerStateBuilder` says and describes lone prefills for graphs."""
+    """vLLM's, which keeps states where `InnerStateBuilder` says and describes short prefills for graphs."""
 
     metadata_cls = StateMetadata
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.checkpoint_builder = InnerStateBuilder(vllm_config, kv_cache_spec)
-        self.lone = None
+        self.short = None
         self._begins_decodes = not (self.use_spec_decode or vllm_config.use_v2_model_runner)
         self._layers = layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
         graphs = vllm_config.speculative_config is None and all(layer.wants_graphs for layer in layers)
         if graphs and current_platform.is_cuda():
-            self.lone = lone_prefill(self.chunk_size, device)
-            self.lone_slots = torch.zeros(2, dtype=torch.int32, device=device)
-            self._no_slot = torch.zeros(1, dtype=torch.int32, device=device)
+            self.short = short_prefills(self.chunk_size, device)
+            self.short_slots = torch.zeros(2, MOST.sequences, dtype=torch.int32, device=device)
+            self._no_slots = torch.zeros(MOST.sequences, dtype=torch.int32, device=device)
             for layer in layers:
-                layer.lone, layer.lone_slots = self.lone, self.lone_slots
+                layer.short, layer.short_slots = self.short, self.short_slots
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *args: Any, **kwargs: Any
@@ -135,19 +135,15 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
         metadata = super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
         inner = metadata.checkpoint_meta
         if isinstance(inner, InnerStateMetadata):
-            chunks = torch.cat([metadata.last_chunk_indices_p, metadata.checkpoint_chunk_idx.int()])
-            inner = replace(inner, chunks=chunks)
+            inner = replace(inner, chunks=metadata.checkpoint_chunk_idx.int())
             metadata = replace(metadata, checkpoint_meta=inner)
-        if self.lone is None or metadata.num_prefills != 1 or metadata.num_prefill_tokens > self.lone.most:
+        # graphs never are made without vLLM's piecewise ones
+        if self.short is None or not self._layers[0].graphs.made:
             return metadata
-        if not self._layers[0].graphs.made:  # they never are without vLLM's piecewise graphs
+        if shape_for(metadata.num_prefills, metadata.num_prefill_tokens) is None:
             return metadata
-        lengths = common_attn_metadata.seq_lens_cpu_upper_bound
-        assert lengths is not None
-        tokens = metadata.num_prefill_tokens
-        start = int(lengths[metadata.num_reqs - 1]) - tokens
-        self.lone.fill(start, tokens, inner.offsets[0] if inner is not None else 0)
-        return self._with_lone_slots(metadata)
+        self.short.fill(self._runs(common_attn_metadata, metadata))
+        return self._with_short_slots(metadata)
 
     def update_block_table(
         self, metadata: StateMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
@@ -165,7 +161,7 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
             of_group.state_indices_tensor_d = slots
             return of_group
         of_group = super().update_block_table(metadata, blk_table, slot_mapping)
-        return of_group if metadata.lone_slots is None else self._with_lone_slots(of_group)
+        return of_group if metadata.short_slots is None else self._with_short_slots(of_group)
 
     def _first_rows(self, m: CommonAttentionMetadata) -> list[int]:
         """Sequences of one token in a batch that Model Runner V1 may take for one of decodes."""
@@ -193,8 +189,20 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
             return torch.zeros_like(lengths, dtype=torch.int64).unsqueeze(1)
         return ((lengths - 1) // self.kv_cache_spec.block_size).clamp_(min=0).long().unsqueeze(1)
 
-    def _with_lone_slots(self, metadata: StateMetadata) -> StateMetadata:
-        inner = metadata.checkpoint_meta
-        kept = self._no_slot if inner is None else inner.state_indices
-        torch.cat([metadata.state_indices_tensor_p, kept], out=self.lone_slots)
-        return replace(metadata, lone_slots=self.lone_slots)
+    def _runs(self, m: CommonAttentionMetadata, metadata: StateMetadata) -> list[Run]:
+        """The batch's prefills, which stand behind its decodes."""
+        assert m.seq_lens_cpu_upper_bound is not None
+        of_query, ends = m.query_start_loc_cpu.tolist(), m.seq_lens_cpu_upper_bound.tolist()
+        first, inner = metadata.num_reqs - metadata.num_prefills, metadata.checkpoint_meta
+        offsets = [0] * metadata.num_prefills if inner is None else inner.offsets
+        runs = []
+        for row, offset in enumerate(offsets, first):
+            tokens = of_query[row + 1] - of_query[row]
+            runs.append(Run(ends[row] - tokens, tokens, offset))
+        return runs
+
+    def _with_short_slots(self, metadata: StateMetadata) -> StateMetadata:
+        inner, nobody = metadata.checkpoint_meta, self._no_slots[metadata.num_prefills :]
+        kept = self._no_slots[: metadata.num_prefills] if inner is None else inner.state_indices
+        torch.cat([metadata.state_indices_tensor_p, nobody, kept, nobody], out=self.short_slots.view(-1))
+        return replace(metadata, short_slots=self.short_slots)

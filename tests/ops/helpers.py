@@ -92,7 +92,7 @@ def inner_states(
         slots=ints([slot for _, slot in inside]),
         lengths=ints([c + offset for c, (offset, _) in zip(computed, inside, strict=True)]),
         inputs=ints([[max(0, place - i) for i in range(INPUTS, 0, -1)] for place in places]).long(),
-        chunks=ints([*last, *ends]),
+        chunks=ints(ends),
         offsets=tuple(offset for offset, _ in inside),
     )
 

@@ -314,9 +314,10 @@ def test_prefill_binds_to_vllms_triton_function(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(kernels, "mamba_chunk_scan_combined_varlen", recorder)
     plan, given = prefill_plan([2, 4], [3, 1], [5, 0]), inputs(6, groups=2)
     initial, out = randn(9, 2, HEADS, HEAD_DIM, STATE), torch.empty_like(given.x)
-    states, rows = kernels.scan(*given, LIMIT, initial, plan, out, torch.float32)
+    states, rows, of_inner = kernels.scan(*given, LIMIT, initial, plan, out, torch.float32)
     assert states is initial
     assert rows is plan.last_chunk
+    assert of_inner is None
     (call,) = recorder.calls
     passed = {
         **given._asdict(),
@@ -346,7 +347,7 @@ def test_warm_up_runs_each_size_once_with_and_without_initial_states(monkeypatch
 
     def scan(x, dt, A, B, C, D, dt_bias, limit, initial, plan, out, state_dtype):
         calls.append((x, dt, A, B, C, D, dt_bias, initial, plan, out))
-        return torch.zeros(1, HEADS, HEAD_DIM, STATE, dtype=state_dtype, device=x.device), plan.last_chunk
+        return torch.zeros(1, HEADS, HEAD_DIM, STATE, dtype=state_dtype, device=x.device), plan.last_chunk, None
 
     monkeypatch.setattr(op, "scan", scan)
     op.warm_up.cache_clear()

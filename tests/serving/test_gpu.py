@@ -203,18 +203,27 @@ def test_answers_that_pass_a_block_of_vllms_own_caching_equal_transformers(step,
 
 
 @each_step
-def test_lone_prompts_whose_prefills_are_graphs_equal_transformers(step, tiny, monkeypatch):
+def test_short_prompts_whose_prefills_are_graphs_equal_transformers(step, tiny, monkeypatch):
+    """Alone and together, new and continued from the cache."""
     run, seen = PrefillGraphs.run, []
-    monkeypatch.setattr(PrefillGraphs, "run", lambda *given: seen.append(run(*given)) or seen[-1])
+
+    def noted(self, projected, sequences, *given):
+        seen.append(sequences if run(self, projected, sequences, *given) else 0)
+        return seen[-1] > 0
+
+    monkeypatch.setattr(PrefillGraphs, "run", noted)
+    layers = AutoConfig.from_pretrained(tiny).layers_block_type.count("linear_attention")
     prompts = random_prompts([1, 31, 33, 129, 700, 1100], vocabulary=1024)
+    others = [prompt[::-1] for prompt in prompts[1:4]]
     options = BF16 | {"max_model_len": 1200, "additional_config": step | {"bamba_prefix_slots": True}}
     with Engine(tiny, **options) as engine:
         answers = [engine.answers([prompt], 5, prompt_logprobs=False)[0] for prompt in prompts]
-        of_one = len(seen) / (len(prompts) - 1)  # the last one is too long
-        again = [engine.answers([[*prompt, 7, 8, 9]], 5, prompt_logprobs=False)[0] for prompt in prompts]
-    assert all(seen)
-    assert of_one == AutoConfig.from_pretrained(tiny).layers_block_type.count("linear_attention")
-    check_low_precision(answers + again, *references(tiny))
+        assert seen == [1] * layers * len(prompts)
+        for together in ([[*prompt, 7, 8, 9] for prompt in prompts], others):
+            seen.clear()
+            answers += engine.answers(together, 5, prompt_logprobs=False)
+            assert seen == [len(together)] * layers
+    check_low_precision(answers, *references(tiny))
 
 
 def check_random_traffic(step, path, blocks=110, **options):

@@ -61,10 +61,10 @@ def ssd_prefill(
     initial = None
     if plan.any_continues:
         initial = torch.where(plan.continues[:, None, None, None], ssm_state[plan.slots], 0)
-    states, rows = scan(x, dt, A, B, C, D, dt_bias, dt_limit, initial, plan, out, ssm_state.dtype)
-    ssm_state[plan.slots] = states[rows[: len(plan.slots)]]
+    states, last, inner = scan(x, dt, A, B, C, D, dt_bias, dt_limit, initial, plan, out, ssm_state.dtype)
+    ssm_state[plan.slots] = states[last]
     if plan.inner is not None:
-        ssm_state[plan.inner.slots] = states[rows[len(plan.slots) :]]
+        ssm_state[plan.inner.slots] = states[inner]
 
 
 @functools.cache

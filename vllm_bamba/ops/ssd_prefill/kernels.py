@@ -37,12 +37,12 @@ def scan(
     plan: PrefillPlan,
     out: torch.Tensor,
     state_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Write y to `out`.
 
     Returns:
-        States [any number, heads, head_dim, state], and which of them are the sequences' last ones and, behind these,
-        the inner ones: int32 [sequences], with `plan.inner` twice as many.
+        States [any number, heads, head_dim, state]; which of them are the sequences' last ones, int32 [sequences]; and,
+        with `plan.inner`, which are the inner ones, likewise.
     """
     states = mamba_chunk_scan_combined_varlen(
         x,
@@ -64,4 +64,4 @@ def scan(
         return_intermediate_states=True,
         state_dtype=state_dtype,
     )
-    return states, plan.last_chunk if plan.inner is None else plan.inner.chunks
+    return states, plan.last_chunk, None if plan.inner is None else plan.inner.chunks

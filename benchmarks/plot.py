@@ -149,18 +149,23 @@ def _speed_up_label(row: pd.Series) -> str:
 
 
 def shared_prefix(axes: Axes, rows: pd.DataFrame) -> bool:
-    """Median TTFT against the length of the shared prefix: requests alone, and a server at the lowest load measured."""
-    alone = rows[(rows.benchmark == "bench_prefix") & (rows.case == "shared prefix") & (rows.metric == "ttft")]
-    served = rows[(rows.benchmark == "bench_serving") & (rows.case == "prefix") & (rows.metric == "ttft_p50")]
-    loads = [] if alone.empty else ["requests alone"]
-    if not served.empty:
-        load = served[["rate", "concurrency", "cache_mode"]].astype(str)
-        rate, concurrency, cache = load.iloc[0]
-        served = served[(load == load.iloc[0]).all(axis=1)]
-        loads.append(f"server at rate {rate}, concurrency {concurrency}, cache {cache}")
+    """Median TTFT of requests alone against the length of the prefix that they share."""
     axes.set(xlabel="shared prefix, tokens", ylabel="TTFT, median, ms")
-    axes.set_title("\n".join(["Time to first token", *loads]))
-    return lines(axes, pd.concat([alone, served]), "shared_prefix")
+    axes.set_title("Time to first token, requests alone")
+    alone = (rows.benchmark == "bench_prefix") & (rows.case == "shared prefix") & (rows.metric == "ttft")
+    return lines(axes, rows[alone], "shared_prefix")
+
+
+def served_prefix(axes: Axes, rows: pd.DataFrame) -> bool:
+    """Tokens a second of servers with prefix caching, at the most requests at once, against what these share."""
+    served = (rows.benchmark == "bench_serving") & (rows.case == "prefix") & (rows.metric == "output_throughput")
+    served = numbers(rows[served & (rows.cache_mode != "none")], "concurrency")
+    most = served.concurrency.max()
+    axes.set(xlabel="shared prefix, tokens", ylabel="output, tokens/s")
+    axes.set_title(f"Server with prefix caching, {most:g} requests at once")
+    drawn = lines(axes, served[served.concurrency == most], "shared_prefix")
+    axes.set_ylim(bottom=0)
+    return drawn
 
 
 def prefill(axes: Axes, rows: pd.DataFrame) -> bool:
@@ -255,6 +260,7 @@ PLOTS: dict[str, Callable[[Axes, pd.DataFrame], bool]] = {
     "throughput": throughput,
     "speed_up": speed_up,
     "ttft_shared_prefix": shared_prefix,
+    "server_shared_prefix": served_prefix,
     "prefill": prefill,
     "decode": decode,
     "decode_kernels": decode_kernels,

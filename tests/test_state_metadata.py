@@ -194,18 +194,18 @@ class TestForGraphs:
             self.builder(StateMetadataBuilder, "align", layer=layer, hash_block_size=8) for layer in layers
         )
         batch = self.batch(TABLE[:3], ((40, 1), (50, 50), (36, 20)))
-        assert first.build(0, batch).short_slots is None
+        assert first.build(0, batch).short is None
         made.made = True
         of_first = first.build(0, batch)
         of_second = second.update_block_table(of_first, TABLE[:3] + 500, torch.zeros(0))
         expected = ShortPrefills(256, torch.device("cpu"))
         expected.fill([Run(0, 50, 48), Run(16, 20, 16)])
-        assert first.short is second.short
-        assert torch.equal(first.short.words, expected.words)
+        assert of_first.short is first.short is layers[0].short
+        assert of_second.short is second.short is layers[1].short
+        assert of_first.short.prefills is of_second.short.prefills
+        assert torch.equal(of_first.short.prefills.words, expected.words)
         slots = torch.zeros(2, MOST.sequences, dtype=torch.int32)
         slots[:, :2] = torch.stack([TABLE[[1, 2], [3, 2]], TABLE[[1, 2], [2, 1]]])
-        assert of_first.short_slots is first.short_slots is layers[0].short_slots
-        assert torch.equal(of_first.short_slots, slots)
-        assert of_second.short_slots is second.short_slots is layers[1].short_slots
-        assert torch.equal(of_second.short_slots, slots + 500 * (slots > 0))
-        assert first.build(0, self.batch(TABLE[:1], ((40, 1),))).short_slots is None
+        assert torch.equal(of_first.short.slots, slots)
+        assert torch.equal(of_second.short.slots, slots + 500 * (slots > 0))
+        assert first.build(0, self.batch(TABLE[:1], ((40, 1),))).short is None

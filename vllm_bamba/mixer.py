@@ -22,7 +22,7 @@ from vllm_bamba.compat import align_blocks, mix_opaquely, replace_spec, state_ba
 from vllm_bamba.config import BambaShape
 from vllm_bamba.mixing import FusedMixing, Mixing, OperatorMixing
 from vllm_bamba.ops.gated_norm import Division, gated_rms_norm
-from vllm_bamba.prefill_graphs import PrefillGraphs, ShortPrefills
+from vllm_bamba.prefill_graphs import GroupPrefills, PrefillGraphs
 from vllm_bamba.prefix.options import state_spec
 from vllm_bamba.sharding import MixerShard, scaled
 from vllm_bamba.state import mixer_shard, plan_batch
@@ -156,8 +156,7 @@ class BambaMixer(nn.Module, MambaBase):
         self.backend = state_backend(shape.head_dim, self.model_config.dtype, vllm_config.cache_config.cache_dtype)
         self.wants_graphs = StepOptions.of(vllm_config, shape).prefill_graphs
         self.graphs = PrefillGraphs(self.mixing.prefill)
-        self.short: ShortPrefills | None = None  # the metadata's builder sets both where prefills may be graphs
-        self.short_slots = torch.tensor([])
+        self.short: GroupPrefills | None = None  # the metadata's builder sets it where prefills may be graphs
 
     def forward(self, stream: Stream, norm: RMSNorm) -> Stream:
         """Add this layer to the stream, for a part behind `norm`."""
@@ -179,7 +178,7 @@ class BambaMixer(nn.Module, MambaBase):
         context = get_forward_context()
         batch, captured = context.attn_metadata, False
         if self.short is not None and context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
-            captured = self.graphs.capture(projected_states, output, self.short, self.short_slots, self.kv_cache[1])
+            captured = self.graphs.capture(projected_states, output, self.short, self.kv_cache[1])
         metadata = batch.get(self.prefix) if batch is not None else None
         if metadata is None:  # vLLM's memory profiling: no states yet
             self.mixing.warm_up(projected_states)
@@ -196,7 +195,7 @@ class BambaMixer(nn.Module, MambaBase):
             rows = slice(end, end + prefill.num_tokens)
             end = rows.stop
             projected, mixed = projected_states[rows], output[rows]
-            short = None if captured else metadata.short_slots  # what describes them was used to make graphs
+            short = None if captured else metadata.short  # what describes them was used to make graphs
             if short is None or not self.graphs.run(projected, metadata.num_prefills, short, self.kv_cache[1], mixed):
                 self.mixing.prefill(projected, prefill, mixed)
         output[end:].zero_()  # padding: a NaN there would reach all rows through a dynamic fp8 scale

@@ -163,6 +163,18 @@ class ShortPrefills:
         return -(-shape.tokens // CONV_BLOCK) + shape.sequences - 1
 
 
+class GroupPrefills(NamedTuple):
+    """The prefills of a step as a group of layers has them.
+
+    Attributes:
+        prefills: what is the same for all layers.
+        slots: int32 [2, `MOST.sequences`], as for `ShortPrefills.plan`; always the same tensor.
+    """
+
+    prefills: ShortPrefills
+    slots: torch.Tensor
+
+
 @cache
 def short_prefills(chunk_size: int, device: torch.device) -> ShortPrefills:
     """The one of all layers and steps."""
@@ -199,22 +211,15 @@ class PrefillGraphs:
     def made(self) -> bool:
         return bool(self._graphs)
 
-    def capture(
-        self,
-        projected: torch.Tensor,
-        output: torch.Tensor,
-        plan: ShortPrefills,
-        slots: torch.Tensor,
-        state: torch.Tensor,
-    ) -> bool:
+    def capture(self, projected: torch.Tensor, output: torch.Tensor, short: GroupPrefills, state: torch.Tensor) -> bool:
         """Make the graphs and return true, unless they are there already.
 
         Args:
             projected, output: like those that `run` will get.
-            plan: describes the sequences; what it says is lost.
-            slots: as for `ShortPrefills.plan`; of all steps to come. What they are is lost, too.
+            short: of all steps to come. What it says now is lost.
             state: part of the layer's cache; where it has moved, graphs are made anew.
         """
+        prefills, slots = short
         captured_for = (state.data_ptr(), slots.data_ptr())
         if self._captured_for == captured_for:
             return False
@@ -223,8 +228,8 @@ class PrefillGraphs:
         pool, stream = _shared_pool(projected.device)
         graphs = {}  # those before keep the pool alive until these are made
         for shape in reversed(SHAPES):  # the pool gets its largest pieces first
-            plan.fill([Run(0, shape.tokens)])
-            call = (given[: shape.tokens], plan.plan(shape, slots), made[: shape.tokens])
+            prefills.fill([Run(0, shape.tokens)])
+            call = (given[: shape.tokens], prefills.plan(shape, slots), made[: shape.tokens])
             self._prefill(*call)  # kernels are made here, not while a graph is
             graph = torch.cuda.CUDAGraph()
             stream.wait_stream(torch.cuda.current_stream())
@@ -240,18 +245,18 @@ class PrefillGraphs:
         return True
 
     def run(
-        self, projected: torch.Tensor, sequences: int, slots: torch.Tensor, state: torch.Tensor, output: torch.Tensor
+        self, projected: torch.Tensor, sequences: int, short: GroupPrefills, state: torch.Tensor, output: torch.Tensor
     ) -> bool:
-        """Do the prefills that `ShortPrefills` describes now; false if there is no graph for them.
+        """Do the prefills that `short` describes now; false if there is no graph for them.
 
         Args:
             projected: [tokens, in_proj rows], the sequences' one behind the other.
             sequences: how many.
-            slots, state: those for which the graphs were made.
+            short, state: those for which the graphs were made.
             output: like `projected`.
         """
         tokens, shape = len(projected), shape_for(sequences, len(projected))
-        if shape not in self._graphs or self._captured_for != (state.data_ptr(), slots.data_ptr()):
+        if shape not in self._graphs or self._captured_for != (state.data_ptr(), short.slots.data_ptr()):
             return False
         given, made = self._buffers(projected, output)
         given[:tokens].copy_(projected)

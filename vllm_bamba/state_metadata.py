@@ -27,7 +27,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadata, Mamba2AttentionMetadataBuilder
 
-from vllm_bamba.prefill_graphs import MOST, Run, shape_for, short_prefills
+from vllm_bamba.prefill_graphs import MOST, GroupPrefills, Run, shape_for, short_prefills
 from vllm_bamba.prefix.options import active
 from vllm_bamba.prefix.policy import inner_position
 from vllm_bamba.state import INPUTS
@@ -92,15 +92,14 @@ class StateMetadata(Mamba2AttentionMetadata):
     """vLLM's.
 
     Attributes:
-        short_slots: int32 [2, `MOST.sequences`], the slots of short prefills and of the states inside of them, 0 where
-            there is none; always the same tensor. None for other batches.
+        short: the batch's prefills, if they are short; always the same for a group of layers.
         slot_columns: int64 [sequences, 1], where in its row of any group's block table each sequence's slot stands;
             None where no second group has asked, or decodes are not in a CUDA graph.
         first_rows: sequences of one token, whose states of zeros each group makes for itself, in a batch of one token a
             sequence for Model Runner V1.
     """
 
-    short_slots: torch.Tensor | None = None
+    short: GroupPrefills | None = None
     slot_columns: torch.Tensor | None = None
     first_rows: Sequence[int] = ()
 
@@ -113,16 +112,16 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.checkpoint_builder = InnerStateBuilder(vllm_config, kv_cache_spec)
-        self.short = None
+        self.short: GroupPrefills | None = None
         self._begins_decodes = not (self.use_spec_decode or vllm_config.use_v2_model_runner)
         self._layers = layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
         graphs = vllm_config.speculative_config is None and all(layer.wants_graphs for layer in layers)
         if graphs and current_platform.is_cuda():
-            self.short = short_prefills(self.chunk_size, device)
-            self.short_slots = torch.zeros(2, MOST.sequences, dtype=torch.int32, device=device)
+            slots = torch.zeros(2, MOST.sequences, dtype=torch.int32, device=device)
+            self.short = GroupPrefills(short_prefills(self.chunk_size, device), slots)
             self._no_slots = torch.zeros(MOST.sequences, dtype=torch.int32, device=device)
             for layer in layers:
-                layer.short, layer.short_slots = self.short, self.short_slots
+                layer.short = self.short
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *args: Any, **kwargs: Any
@@ -137,13 +136,10 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
         if isinstance(inner, InnerStateMetadata):
             inner = replace(inner, chunks=metadata.checkpoint_chunk_idx.int())
             metadata = replace(metadata, checkpoint_meta=inner)
-        # graphs never are made without vLLM's piecewise ones
-        if self.short is None or not self._layers[0].graphs.made:
+        if self.short is None or not self._has_graph(metadata):
             return metadata
-        if shape_for(metadata.num_prefills, metadata.num_prefill_tokens) is None:
-            return metadata
-        self.short.fill(self._runs(common_attn_metadata, metadata))
-        return self._with_short_slots(metadata)
+        self.short.prefills.fill(self._runs(common_attn_metadata, metadata))
+        return self._with_short(metadata)
 
     def update_block_table(
         self, metadata: StateMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
@@ -161,7 +157,7 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
             of_group.state_indices_tensor_d = slots
             return of_group
         of_group = super().update_block_table(metadata, blk_table, slot_mapping)
-        return of_group if metadata.short_slots is None else self._with_short_slots(of_group)
+        return of_group if metadata.short is None else self._with_short(of_group)
 
     def _first_rows(self, m: CommonAttentionMetadata) -> list[int]:
         """Sequences of one token in a batch that Model Runner V1 may take for one of decodes."""
@@ -189,6 +185,11 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
             return torch.zeros_like(lengths, dtype=torch.int64).unsqueeze(1)
         return ((lengths - 1) // self.kv_cache_spec.block_size).clamp_(min=0).long().unsqueeze(1)
 
+    def _has_graph(self, metadata: StateMetadata) -> bool:
+        """Whether there is one for the batch's prefills; without vLLM's piecewise graphs none is made."""
+        shape = shape_for(metadata.num_prefills, metadata.num_prefill_tokens)
+        return shape is not None and self._layers[0].graphs.made
+
     def _runs(self, m: CommonAttentionMetadata, metadata: StateMetadata) -> list[Run]:
         """The batch's prefills, which stand behind its decodes."""
         assert m.seq_lens_cpu_upper_bound is not None
@@ -201,8 +202,10 @@ class StateMetadataBuilder(Mamba2AttentionMetadataBuilder):
             runs.append(Run(ends[row] - tokens, tokens, offset))
         return runs
 
-    def _with_short_slots(self, metadata: StateMetadata) -> StateMetadata:
+    def _with_short(self, metadata: StateMetadata) -> StateMetadata:
+        """The same, with the slots of this group's layers where graphs look for them."""
+        assert self.short is not None
         inner, nobody = metadata.checkpoint_meta, self._no_slots[metadata.num_prefills :]
         kept = self._no_slots[: metadata.num_prefills] if inner is None else inner.state_indices
-        torch.cat([metadata.state_indices_tensor_p, nobody, kept, nobody], out=self.short_slots.view(-1))
-        return replace(metadata, short_slots=self.short_slots)
+        torch.cat([metadata.state_indices_tensor_p, nobody, kept, nobody], out=self.short.slots.view(-1))
+        return replace(metadata, short=self.short)

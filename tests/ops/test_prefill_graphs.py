@@ -15,6 +15,7 @@ from vllm_bamba.prefill_graphs import (
     MOST,
     NOTHING,
     SHAPES,
+    GroupPrefills,
     PrefillGraphs,
     Run,
     Shape,
@@ -144,21 +145,21 @@ class Layer:
 def test_graphs_do_what_the_layer_does() -> None:
     torch.cuda.init()
     plain, graphed = Layer(), Layer()
-    of_all = slots([], MOST.sequences)
-    plan, graphs = ShortPrefills(CHUNK, DEVICE), PrefillGraphs(graphed.prefill)
+    short = GroupPrefills(ShortPrefills(CHUNK, DEVICE), slots([], MOST.sequences))
+    graphs = PrefillGraphs(graphed.prefill)
     longer = MOST.tokens + 1
     given, output = randn(7, longer, CHANNELS + HEADS), torch.empty(longer, HEADS * HEAD_DIM, device=DEVICE)
     before = graphed.conv.clone(), graphed.ssm.clone()
-    assert graphs.capture(given, output, plan, of_all, graphed.ssm)
-    assert not graphs.capture(given, output, plan, of_all, graphed.ssm)
+    assert graphs.capture(given, output, short, graphed.ssm)
+    assert not graphs.capture(given, output, short, graphed.ssm)
     graphed.conv.copy_(before[0]), graphed.ssm.copy_(before[1])
     longer_ones = [[Run(9, 300, 290)], [Run(0, MOST.tokens, 496)], [Run(700, 33, 16), Run(0, 700, 16), Run(1, 900)]]
     for runs in [*BATCHES, *longer_ones]:
-        of_all.copy_(slots(runs, MOST.sequences))
-        plan.fill(runs)
+        short.slots.copy_(slots(runs, MOST.sequences))
+        short.prefills.fill(runs)
         whole = plan_of(runs)
         made = torch.full((whole.num_tokens, HEADS * HEAD_DIM), float("nan"), device=DEVICE)
-        assert graphs.run(inside(given[: len(made)]), len(runs), of_all, graphed.ssm, made)
+        assert graphs.run(inside(given[: len(made)]), len(runs), short, graphed.ssm, made)
         expected = torch.empty_like(made)
         plain.prefill(inside(given[: len(made)]), whole, expected)
         torch.testing.assert_close(made, expected)
@@ -207,30 +208,31 @@ def test_graphs_are_made_once_for_each_place_of_states_and_slots(monkeypatch: py
         else:
             work(projected, plan, output)
 
-    state, moved, of_all = torch.zeros(3), torch.zeros(3), torch.ones(2, MOST.sequences, dtype=torch.int32)
-    plan, longer = ShortPrefills(CHUNK, torch.device("cpu")), MOST.tokens + 1
+    state, moved, longer = torch.zeros(3), torch.zeros(3), MOST.tokens + 1
+    of_all = torch.ones(2, MOST.sequences, dtype=torch.int32)
+    short = GroupPrefills(ShortPrefills(CHUNK, torch.device("cpu")), of_all)
     given, output, graphs = torch.randn(longer, 6), torch.zeros(longer, 6), PrefillGraphs(prefill)
     assert not graphs.made
-    assert not graphs.run(given[:5], 1, of_all, state, output[:5])
-    assert graphs.capture(given, output, plan, of_all, state)
+    assert not graphs.run(given[:5], 1, short, state, output[:5])
+    assert graphs.capture(given, output, short, state)
     assert graphs.made
     assert seen == [(shape.tokens, [0] * shape.sequences) for shape in reversed(SHAPES)]  # on nobody's slots
-    assert not graphs.capture(given, output, plan, of_all, state)
+    assert not graphs.capture(given, output, short, state)
     seen.clear()
     for sequences, tokens, size in ((1, 1, 32), (1, 33, 64), (2, 33, 256), (8, 513, 2048)):
         of_all[0] = tokens
         output.zero_()
-        assert graphs.run(given[:tokens], sequences, of_all, state, output[:tokens])
+        assert graphs.run(given[:tokens], sequences, short, state, output[:tokens])
         rows, on = seen.pop()
         assert rows == size
         assert set(on) == {tokens}
         assert len(on) >= sequences
         assert torch.equal(output[:tokens], 2 * given[:tokens])
         assert not output[tokens:].any()
-    assert not graphs.run(given, 1, of_all, state, output)  # longer than any
-    assert not graphs.run(given[:9], MOST.sequences + 1, of_all, state, output[:9])
-    assert not graphs.run(given[:5], 1, of_all.clone(), state, output[:5])
-    assert not graphs.run(given[:5], 1, of_all, moved, output[:5])
-    assert graphs.capture(given, output, plan, of_all, moved)
-    assert graphs.run(given[:5], 1, of_all, moved, output[:5])
-    assert not graphs.run(given[:5], 1, of_all, state, output[:5])
+    assert not graphs.run(given, 1, short, state, output)  # longer than any
+    assert not graphs.run(given[:9], MOST.sequences + 1, short, state, output[:9])
+    assert not graphs.run(given[:5], 1, short._replace(slots=of_all.clone()), state, output[:5])
+    assert not graphs.run(given[:5], 1, short, moved, output[:5])
+    assert graphs.capture(given, output, short, moved)
+    assert graphs.run(given[:5], 1, short, moved, output[:5])
+    assert not graphs.run(given[:5], 1, short, state, output[:5])

@@ -254,6 +254,12 @@ def test_a_model_without_attention_layers_is_possible(absent: object) -> None:
         ("attn_rotary_emb", {"attn_rotary_emb": 7}),
         ("attn_rotary_emb", {"attn_rotary_emb": 0}),
         ("attn_rotary_emb", {"attn_rotary_emb": 18}),
+        ("attn_rotary_emb", {"attn_rotary_emb": "half"}),
+        ("partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": 0.0}}),
+        ("partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": 1.5}}),
+        ("partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": math.nan}}),
+        ("partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": "half"}}),
+        ("partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": 0.45}}),  # 7 of 16 channels
     ],
     ids=str,
 )

@@ -171,11 +171,14 @@ def _mamba_head_dim(config: Any) -> int:
 
 def _rotary_dim(config: Any, head_dim: int, rope_parameters: dict[str, Any]) -> int:
     """Channels of each head that are rotated: `attn_rotary_emb`, or else Transformers' fraction, a half."""
-    rotary_dim = getattr(config, "attn_rotary_emb", None)
-    if rotary_dim is None:
-        rotary_dim = int(head_dim * rope_parameters.get("partial_rotary_factor", 0.5))
-    if not 0 < rotary_dim <= head_dim or rotary_dim % 2:
-        raise ValueError(f"attn_rotary_emb = {rotary_dim}: expected an even number of at most head_dim = {head_dim}.")
+    field, asked = "attn_rotary_emb", getattr(config, "attn_rotary_emb", None)
+    rotary_dim, expected = asked, f"an even number of at most head_dim = {head_dim}"
+    if asked is None:
+        field, asked = "partial_rotary_factor", rope_parameters.get("partial_rotary_factor", 0.5)
+        rotary_dim = int(head_dim * asked) if isinstance(asked, int | float) and 0 < asked <= 1 else 0
+        expected = f"a fraction of head_dim = {head_dim} that is an even number"
+    if not isinstance(rotary_dim, int) or not 0 < rotary_dim <= head_dim or rotary_dim % 2:
+        raise ValueError(f"{field} = {asked!r}: expected {expected}.")
     return rotary_dim
 
 

@@ -42,6 +42,7 @@ CONFIGURATIONS = {
         }
     },
     "no_attention_layer": {"attn_layer_indices": []},
+    "no_mamba_layer": {"attn_layer_indices": [0, 1, 2, 3]},
     "attention_layers_only_at_the_ends": {"attn_layer_indices": [0, 3]},
     "conv_width_2": {"mamba_d_conv": 2},
     "conv_width_3": {"mamba_d_conv": 3},

@@ -211,5 +211,6 @@ class BambaServingConfig(VerifyAndUpdateConfig):
         check_step(vllm_config, shape)
         choose_state_dtype(vllm_config)
         keep_strides(vllm_config)
-        configure(vllm_config, has_attention=bool(shape.attention_layers))
+        attention_layers = len(shape.attention_layers)
+        configure(vllm_config, has_attention=attention_layers > 0, has_mamba=attention_layers < shape.num_layers)
         check_files(vllm_config.model_config.model, vllm_config.load_config.load_format)

@@ -83,11 +83,12 @@ def test_slots_are_anchored_where_a_ring_lasts_for_a_unit_and_is_folded_at_its_e
     assert anchors_slots(made, replay) is anchored
 
 
-def test_a_model_without_attention_is_left_to_vllm(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("kind", ["attention", "mamba"])
+def test_a_model_of_one_kind_of_layer_is_left_to_vllm(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     made = config()
-    configure(made, has_attention=False)
+    configure(made, **{f"has_{kind}": False})
     assert made.scheduler_config.scheduler_cls is None
-    assert "no attention layer" in caplog.text
+    assert f"no {kind} layer" in caplog.text.lower()
 
 
 @pytest.mark.parametrize("unit", UNITS)

@@ -105,8 +105,8 @@ def unit_of(vllm_config: VllmConfig) -> int:
     return 2 * half
 
 
-def configure(vllm_config: VllmConfig, has_attention: bool = True) -> None:
-    """Turn slots on, or say why there are none; `has_attention`: whether the model has an attention layer.
+def configure(vllm_config: VllmConfig, has_attention: bool = True, has_mamba: bool = True) -> None:
+    """Turn slots on, or say why there are none; `has_attention`, `has_mamba`: whether the model has such a layer.
 
     Without prefix caching the scheduler is ours, too, unless `bamba_prefix_slots` is off: it asks less of the cache.
     With drafted tokens it is vLLM's but for what that one does wrong.
@@ -120,7 +120,7 @@ def configure(vllm_config: VllmConfig, has_attention: bool = True) -> None:
     options = SlotOptions.of(vllm_config)
     if vllm_config.scheduler_config.scheduler_cls in (SCHEDULER, DRAFTING):
         return
-    reason = _obstacle(vllm_config, has_attention)
+    reason = _obstacle(vllm_config, has_attention, has_mamba)
     if vllm_config.speculative_config is not None and vllm_config.scheduler_config.scheduler_cls is None:
         vllm_config.scheduler_config.scheduler_cls = DRAFTING
     if not cache.enable_prefix_caching:
@@ -153,13 +153,14 @@ def configure(vllm_config: VllmConfig, has_attention: bool = True) -> None:
     measure_system_messages(active)
 
 
-def _obstacle(vllm_config: VllmConfig, has_attention: bool) -> str | None:
+def _obstacle(vllm_config: VllmConfig, has_attention: bool, has_mamba: bool) -> str | None:
     """What slots have not been made or tried with."""
     from vllm_bamba.compat import moves_blocks
 
     parallel, events = vllm_config.parallel_config, vllm_config.kv_events_config
     reasons = {
         "the model has no attention layer": not has_attention,
+        "the model has no Mamba layer": not has_mamba,
         "another scheduler class is set": vllm_config.scheduler_config.scheduler_cls is not None,
         "drafts of speculative decoding skip positions": vllm_config.speculative_config is not None,
         "a KV connector moves blocks itself": moves_blocks(vllm_config),

@@ -293,6 +293,52 @@ def test_integers_of_another_shape_are_refused_by_name() -> None:
         load_weights(model, shape, (state | {name: torch.ones(7, 7, dtype=torch.int8)}).items())
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 512.00 MiB."), False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."), True),
+        (NotImplementedError('"copy_kernel" not implemented for this type and size'), True),
+    ],
+    ids=["memory of a GPU", "memory of a CPU", "another class of errors"],
+)
+def test_what_is_not_the_checkpoints_fault_keeps_its_type(error: RuntimeError, says: bool) -> None:
+    model, shape, state = prepared()
+    name = "model.layers.0.mamba.out_proj.weight"
+
+    def fail(parameter: nn.Parameter, loaded: torch.Tensor) -> None:
+        raise error
+
+    dict(model.named_parameters())[name].weight_loader = fail
+    with pytest.raises(type(error)) as raised:
+        load_weights(model, shape, state.items())
+    assert raised.value is error
+    assert getattr(error, "__notes__", []) == [f"while loading checkpoint tensor {name} of shape (16, 32)"] * says
+
+
+@pytest.mark.parametrize(
+    "fit",
+    [
+        lambda rows, loaded: rows.copy_(loaded),
+        lambda rows, loaded: rows.copy_(loaded.narrow(0, 0, len(rows))),
+        lambda rows, loaded: rows.copy_(loaded.view(rows.shape)),
+        lambda rows, loaded: rows.copy_(loaded.expand(rows.shape)),
+        lambda rows, loaded: rows.copy_(torch.cat(loaded.split([len(rows), len(loaded)]))),
+        lambda rows, loaded: rows.copy_(torch.cat([loaded, rows])),
+        lambda rows, loaded: rows.copy_(torch.stack([loaded, rows])[0]),
+        lambda rows, loaded: rows.copy_(loaded @ rows),
+    ],
+    ids=["copy", "narrow", "view", "expand", "split", "cat", "stack", "product"],
+)
+def test_whatever_torch_calls_a_misfit_it_is_the_checkpoints(fit: object) -> None:
+    """Loaders of quantised weights, whose shapes nobody else checks, leave that to torch."""
+    model, shape, state = prepared()
+    name = "model.layers.0.mamba.out_proj.weight"
+    dict(model.named_parameters())[name].weight_loader = lambda parameter, loaded: fit(parameter.data, loaded)
+    with pytest.raises(ValueError, match=rf"{name} of shape \(7, 7\) does not fit the model that config\.json"):
+        load_weights(model, shape, (state | {name: torch.ones(7, 7, dtype=torch.int8)}).items())
+
+
 def test_a_convolution_of_another_width_is_refused() -> None:
     model, shape, state = prepared()
     name = "model.layers.0.mamba.conv1d.weight"

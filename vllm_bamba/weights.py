@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import struct
 from collections.abc import Iterable, Iterator
 
@@ -202,8 +203,18 @@ def _load(name: str, parameter: nn.Parameter, place: str | int | None, tensor: t
             loader(parameter, tensor)
         else:
             loader(parameter, tensor, place)
+    except torch.OutOfMemoryError:  # of which vLLM says what to do
+        raise
     except (AssertionError, ValueError, IndexError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_of_sizes(error):
+            error.add_note(f"while loading checkpoint tensor {name} of shape {tuple(tensor.shape)}")
+            raise
         raise ValueError(_misfit(name, tensor, str(error) or f"expected part of {tuple(parameter.shape)}")) from error
+
+
+def _is_of_sizes(error: RuntimeError) -> bool:
+    """Whether tensors do not fit each other, for which torch has no class of errors."""
+    return type(error) is RuntimeError and re.search(r"\b(size|shape|dimension)", str(error), re.I) is not None
 
 
 def _misfit(name: str, tensor: torch.Tensor, reason: str) -> str:

@@ -11,6 +11,9 @@ from names import in_mamba_ssms_names
 from safetensors.torch import save_file
 from torch import nn
 from transformers import BambaConfig, BambaForCausalLM
+from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
 from vllm_bamba.config import BambaShape
 from vllm_bamba.mixer import CausalConv1d, GatedRMSNorm, InProjectionLinear, sharded_parameter
@@ -195,6 +198,46 @@ def test_rotary_tables_of_old_checkpoints_are_ignored() -> None:
     model, shape, state = prepared()
     state["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
     load_weights(model, shape, state.items())
+
+
+def gptq() -> QuantizationConfig:
+    return AutoGPTQConfig.from_config({"bits": 4, "group_size": 32, "desc_act": False, "sym": True})
+
+
+@pytest.mark.parametrize("name", ["{}_proj.output_scale", "{}_proj.{}_scale", "{}_scale", "{}_cache.scale"])
+def test_scales_of_the_cache_are_found_by_each_of_their_names(name: str) -> None:
+    model, shape, state = prepared()
+    model.quant_config = Fp8Config()
+    attention = "model.layers.1.self_attn"
+    scales = {of: nn.Parameter(torch.tensor(-1.0), requires_grad=False) for of in "kv"}
+    model.get_submodule(attention).attn = nn.ParameterDict({f"{of}_scale": scale for of, scale in scales.items()})
+    state |= {f"{attention}.{name.format(of, of)}": torch.tensor(0.25 + (of == "v")) for of in "kv"}
+    load_weights(model, shape, state.items())
+    assert (scales["k"].item(), scales["v"].item()) == (0.25, 1.25)
+
+
+@pytest.mark.parametrize("name", ["k_scale", "v_proj.v_scale", "attn.q_scale", "q_zero_point"])
+def test_scales_of_a_cache_that_is_not_quantised_are_ignored(name: str) -> None:
+    model, shape, state = prepared()
+    for model.quant_config in (None, gptq(), Fp8Config()):
+        load_weights(model, shape, (state | {f"model.layers.1.self_attn.{name}": torch.tensor(0.25)}).items())
+
+
+def test_the_order_of_inputs_that_gptq_notes_is_ignored() -> None:
+    model, shape, state = prepared()
+    state["model.layers.0.mamba.in_proj.g_idx"] = torch.arange(16) // 8
+    state["model.layers.1.self_attn.q_proj.g_idx"] = torch.arange(16) // 8
+    model.quant_config = gptq()
+    load_weights(model, shape, state.items())
+
+
+@pytest.mark.parametrize("name", ["0.mamba.in_proj", "1.self_attn.k_proj", "1.feed_forward.up_proj"])
+def test_a_bias_that_the_model_has_not_may_be_zero(name: str) -> None:
+    model, shape, state = prepared()
+    name = f"model.layers.{name}.bias"
+    load_weights(model, shape, (state | {name: torch.zeros(8)}).items())
+    with pytest.raises(ValueError, match=rf"Left over 1: {name}"):
+        load_weights(model, shape, (state | {name: torch.eye(8)[3]}).items())
 
 
 @pytest.mark.parametrize(

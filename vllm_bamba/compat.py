@@ -45,6 +45,9 @@ operator `vllm::mamba_mixer2`
     A table can fix launches, so that starts need not try them out. Goes with the scan's kernels.
 `find_matched_target` (by the name of `mixer.InProjectionLinear`)
     compressed-tensors' target "Linear" is looked for in a layer's class name. Goes when vLLM asks for the base class.
+`QuantizationConfig.get_cache_scale_mapper`, `.get_checkpoint_weight_mapper`
+    A quantised checkpoint's own names, and tensors that no kernel reads: see `in_vllms_names`. Run on CPUs
+    alone. Goes when vLLM maps names before it gives a model its weights.
 `UnquantizedLinearMethod` and `UnquantizedEmbeddingMethod` as a layer's `quant_method`, `direct_register_custom_op`
     Products of few rows are ours (`linear.py`). Goes when vLLM's own are as fast.
 `get_offloader`
@@ -113,7 +116,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -137,6 +140,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock
     from vllm.v1.kv_cache_interface import KVCacheSpec
@@ -156,6 +160,7 @@ __all__ = [
     "fix_launches",
     "forget_autotuning",
     "free_blocks_in_order",
+    "in_vllms_names",
     "is_conv_state_dim_first",
     "keep_compiled_kernels",
     "keep_strides",
@@ -212,6 +217,19 @@ def choose_state_dtype(vllm_config: VllmConfig) -> None:
     """
     if current_platform.is_cpu() and vllm_config.cache_config.mamba_ssm_cache_dtype == "auto":
         vllm_config.cache_config.mamba_ssm_cache_dtype = "float32"
+
+
+def in_vllms_names(
+    weights: Iterable[tuple[str, torch.Tensor]], quant_config: QuantizationConfig | None
+) -> Iterable[tuple[str, torch.Tensor]]:
+    """Rename what formats of quantised checkpoints name in ways of their own, and leave out what no kernel reads.
+
+    Fp8's `k_proj.output_scale`, for example, is the scale of cached keys, and GPTQ's `g_idx` is left out. vLLM's
+    `AutoWeightsLoader` does this for models that load their weights with it.
+    """
+    if quant_config is None:
+        return weights
+    return (quant_config.get_cache_scale_mapper() | quant_config.get_checkpoint_weight_mapper()).apply(weights)
 
 
 def keep_strides(vllm_config: VllmConfig) -> None:

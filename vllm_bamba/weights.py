@@ -11,6 +11,7 @@ from torch import nn
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader, maybe_remap_kv_scale_name
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 
+from vllm_bamba.compat import in_vllms_names
 from vllm_bamba.config import BambaShape
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -48,7 +49,7 @@ def load_weights(model: nn.Module, shape: BambaShape, weights: Weights, partial:
     shapes = checkpoint_shapes(shape)
     loaded: set[tuple[str, str | int | None]] = set()
     left_over = []
-    for name, tensor in current_names(weights, shape):
+    for name, tensor in current_names(in_vllms_names(weights, getattr(model, "quant_config", None)), shape):
         if _belongs_elsewhere(model, shape, name):
             continue
         if tensor.is_floating_point() and tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)):
@@ -57,7 +58,8 @@ def load_weights(model: nn.Module, shape: BambaShape, weights: Weights, partial:
         if target is None:
             continue
         if target not in parameters:
-            left_over.append(name)
+            if not name.endswith(".bias") or tensor.any():  # GPTQ's exporters write zeros where there is no bias
+                left_over.append(name)
             continue
         _load(name, parameters[target], place, tensor)
         loaded.add((target, place))

@@ -1,7 +1,7 @@
 """Quantised checkpoints: the engine equals Transformers with the same rounded weights and the same rounded inputs.
 
-The checkpoints are written here, in compressed-tensors' formats and under Bamba's own names. Each projection's rows are
-given sizes of their own first, so that a scale that reaches the wrong row shows.
+The checkpoints are written here, in formats of compressed-tensors and of GPTQ, under Bamba's own names. Each
+projection's rows are given sizes of their own first, so that a scale that reaches the wrong row shows.
 """
 
 import copy
@@ -55,17 +55,38 @@ def store_int8(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Ten
     return {"weight": numbers, "weight_scale": scale}, numbers.float() * scale
 
 
-def store_int4(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Groups of 32 inputs; eight numbers, plus 8 each, in an int32, the first in its lowest bits."""
+def int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers from -8 to 7 as [rows, groups, 32 inputs], and the scale of each group."""
     groups = weight.unflatten(1, (-1, 32))
     scale = (largest(groups) / 7).bfloat16().float()  # what the engine makes of it
-    numbers = (groups / scale).round().clamp(-8, 7)
-    eights = (numbers.flatten(1) + 8).long().unflatten(1, (-1, 8))
-    packed = (eights << torch.arange(0, 32, 4)).sum(-1)
+    return (groups / scale).round().clamp(-8, 7), scale
+
+
+def packed(numbers: torch.Tensor) -> torch.Tensor:
+    """Eight numbers from 0 to 15 of the last dimension in an int32, the first in its lowest bits."""
+    eights = (numbers.long().unflatten(-1, (-1, 8)) << torch.arange(0, 32, 4)).sum(-1)
+    return eights.where(eights < 2**31, eights - 2**32).int()
+
+
+def store_int4(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    numbers, scale = int4(weight)
     stored = {
-        "weight_packed": packed.where(packed < 2**31, packed - 2**32).int(),
+        "weight_packed": packed(numbers.flatten(1) + 8),
         "weight_scale": scale.squeeze(-1),
         "weight_shape": torch.tensor(weight.shape),
+    }
+    return stored, (numbers * scale).flatten(1)
+
+
+def store_gptq(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Transposed; zero points are one less than meant, each input's group is noted, and there is a bias of zeros."""
+    numbers, scale = int4(weight)
+    stored = {
+        "qweight": packed(numbers.flatten(1) + 8).t(),
+        "qzeros": packed(torch.full_like(scale.squeeze(-1).t(), 8 - 1)),
+        "scales": scale.squeeze(-1).t().half(),
+        "g_idx": torch.arange(weight.shape[1]).int() // 32,
+        "bias": torch.zeros(len(weight)),
     }
     return stored, (numbers * scale).flatten(1)
 
@@ -75,26 +96,26 @@ class Scheme:
     """How a projection is stored and how its input is rounded.
 
     Attributes:
+        describe: modules that are not quantised -> what config.json says.
         store: weight -> the checkpoint's tensors by their last names, and the weight that they stand for.
         round_input: the same for [.., channels] of an input, one scale a row.
     """
 
-    format: str
-    weights: dict[str, object]
-    activations: dict[str, object] | None
+    describe: Callable[[list[str]], dict[str, object]]
     store: Callable[[torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor]]
-    round_input: Callable[[torch.Tensor], torch.Tensor]
+    round_input: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
 
-    def config(self, ignore: list[str]) -> dict[str, object]:
-        return {
-            "quant_method": "compressed-tensors",
-            "quantization_status": "compressed",
-            "format": self.format,
-            "ignore": ignore,
-            "config_groups": {
-                "all": {"targets": ["Linear"], "weights": self.weights, "input_activations": self.activations}
-            },
-        }
+
+def compressed_tensors(
+    layout: str, weights: dict[str, object], activations: dict[str, object] | None
+) -> Callable[[list[str]], dict[str, object]]:
+    return lambda ignore: {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": layout,
+        "ignore": ignore,
+        "config_groups": {"all": {"targets": ["Linear"], "weights": weights, "input_activations": activations}},
+    }
 
 
 def arguments(bits: int, kind: str, strategy: str, **more: object) -> dict[str, object]:
@@ -102,20 +123,21 @@ def arguments(bits: int, kind: str, strategy: str, **more: object) -> dict[str, 
 
 
 FP8 = Scheme(
-    "float-quantized",
-    arguments(8, "float", "channel"),
-    arguments(8, "float", "token", dynamic=True),
+    compressed_tensors(
+        "float-quantized", arguments(8, "float", "channel"), arguments(8, "float", "token", dynamic=True)
+    ),
     store_fp8,
     lambda x: rounded(x, fp8),
 )
 INT8 = Scheme(
-    "int-quantized",
-    arguments(8, "int", "channel"),
-    arguments(8, "int", "token", dynamic=True),
+    compressed_tensors("int-quantized", arguments(8, "int", "channel"), arguments(8, "int", "token", dynamic=True)),
     store_int8,
     lambda x: rounded(x, int8),
 )
-INT4 = Scheme("pack-quantized", arguments(4, "int", "group", group_size=32), None, store_int4, lambda x: x)
+INT4 = Scheme(compressed_tensors("pack-quantized", arguments(4, "int", "group", group_size=32), None), store_int4)
+GPTQ = Scheme(
+    lambda ignore: {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}, store_gptq
+)
 
 
 def save_quantised(
@@ -144,7 +166,7 @@ def save_quantised(
         stored |= {f"{module}.{last}": t.contiguous() for last, t in tensors.items()}
     save_file(stored, file, {"format": "pt"})
     described = json.loads((folder / "config.json").read_text())
-    described["quantization_config"] = scheme.config(["lm_head", *ignore])
+    described["quantization_config"] = scheme.describe(["lm_head", *ignore])
     (folder / "config.json").write_text(json.dumps(described))
 
     model = BambaForCausalLM(config(**changes))
@@ -193,7 +215,7 @@ def test_fp8_equals_transformers(tmp_path):
     check_rounded(answers, model)
 
 
-@pytest.mark.parametrize("scheme", [INT8, INT4], ids=["int8", "int4_weights"])
+@pytest.mark.parametrize("scheme", [INT8, INT4, GPTQ], ids=["int8", "int4_weights", "gptq"])
 def test_scheme_is_as_close_as_transformers_in_bf16(scheme, tmp_path, monkeypatch):
     """vLLM's CPU kernels for these take 16-bit inputs only."""
     monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")  # else vLLM rounds int4's inputs too, where the CPU has AMX

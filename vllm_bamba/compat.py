@@ -48,6 +48,9 @@ operator `vllm::mamba_mixer2`
 `QuantizationConfig.get_cache_scale_mapper`, `.get_checkpoint_weight_mapper`
     A quantised checkpoint's own names, and tensors that no kernel reads: see `in_vllms_names`. Run on CPUs
     alone. Goes when vLLM maps names before it gives a model its weights.
+`modules_to_not_convert` of `AutoAWQConfig`
+    Parameters of a mixer itself have vLLM take its projections for unquantised: see `tell_mixers_parts_apart`. Run on
+    CPUs alone. Goes when vLLM lists modules whose `weight` is not quantised.
 `UnquantizedLinearMethod` and `UnquantizedEmbeddingMethod` as a layer's `quant_method`, `direct_register_custom_op`
     Products of few rows are ours (`linear.py`). Goes when vLLM's own are as fast.
 `get_offloader`
@@ -177,6 +180,7 @@ __all__ = [
     "set_state_block",
     "silu_and_mul",
     "state_backend",
+    "tell_mixers_parts_apart",
 ]
 
 
@@ -230,6 +234,20 @@ def in_vllms_names(
     if quant_config is None:
         return weights
     return (quant_config.get_cache_scale_mapper() | quant_config.get_checkpoint_weight_mapper()).apply(weights)
+
+
+def tell_mixers_parts_apart(vllm_config: VllmConfig) -> None:
+    """Have a list of unquantised modules that names parts of a mixer not name the whole mixer beside them.
+
+    Where an AWQ checkpoint has no such list, vLLM makes one of every module with a tensor in floating point. A mixer is
+    one, for A_log, D and dt_bias, and so all that is in it would count as unquantised. A list that names no parts was
+    written by hand, and means the mixer.
+    """
+    quant_config = vllm_config.quant_config
+    names = getattr(quant_config, "modules_to_not_convert", None) or ()
+    whole = {name for name in names if name.endswith(".mamba") and any(n.startswith(f"{name}.") for n in names)}
+    if whole:
+        quant_config.modules_to_not_convert = [name for name in names if name not in whole]
 
 
 def keep_strides(vllm_config: VllmConfig) -> None:

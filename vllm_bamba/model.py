@@ -34,7 +34,13 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_bamba.compat import MambaStateCopyFuncCalculator, keep_compiled_kernels, moves_layers, prepare_lora
+from vllm_bamba.compat import (
+    MambaStateCopyFuncCalculator,
+    keep_compiled_kernels,
+    moves_layers,
+    prepare_lora,
+    tell_mixers_parts_apart,
+)
 from vllm_bamba.config import BambaShape
 from vllm_bamba.mixer import BambaMixer
 from vllm_bamba.prefix.options import attention_spec
@@ -245,6 +251,7 @@ class BambaForCausalLM(
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         keep_compiled_kernels()
+        tell_mixers_parts_apart(vllm_config)
         self.config = vllm_config.model_config.hf_config
         self.shape = BambaShape.from_hf(self.config)
         # whether all weights are there once; later loads may bring some. Random ones are not loaded, but there

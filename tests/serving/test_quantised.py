@@ -1,6 +1,6 @@
 """Quantised checkpoints: the engine equals Transformers with the same rounded weights and the same rounded inputs.
 
-The checkpoints are written here, in formats of compressed-tensors and of GPTQ, under Bamba's own names. Each
+The checkpoints are written here, in formats of compressed-tensors, GPTQ and AWQ, under Bamba's own names. Each
 projection's rows are given sizes of their own first, so that a scale that reaches the wrong row shows.
 """
 
@@ -9,7 +9,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -91,6 +91,25 @@ def store_gptq(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Ten
     return stored, (numbers * scale).flatten(1)
 
 
+def store_awq(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Transposed, with a zero point for each group of 32 inputs; of eight rows, even ones are in the lower 16 bits."""
+    groups = weight.unflatten(1, (-1, 32))
+    least, most = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((most - least) / 15).bfloat16().float()
+    zero = (-least / scale).round().clamp(0, 15)
+    numbers = ((groups / scale).round() + zero).clamp(0, 15)
+
+    def interleaved(rows: torch.Tensor) -> torch.Tensor:
+        return packed(rows.t().unflatten(-1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]].flatten(-2))
+
+    stored = {
+        "qweight": interleaved(numbers.flatten(1)),
+        "qzeros": interleaved(zero.squeeze(-1)),
+        "scales": scale.squeeze(-1).t().half(),
+    }
+    return stored, ((numbers - zero) * scale).flatten(1)
+
+
 @dataclass(frozen=True)
 class Scheme:
     """How a projection is stored and how its input is rounded.
@@ -138,6 +157,7 @@ INT4 = Scheme(compressed_tensors("pack-quantized", arguments(4, "int", "group", 
 GPTQ = Scheme(
     lambda ignore: {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}, store_gptq
 )
+AWQ = Scheme(lambda ignore: {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}, store_awq)
 
 
 def save_quantised(
@@ -215,11 +235,23 @@ def test_fp8_equals_transformers(tmp_path):
     check_rounded(answers, model)
 
 
-@pytest.mark.parametrize("scheme", [INT8, INT4, GPTQ], ids=["int8", "int4_weights", "gptq"])
+@pytest.mark.parametrize("scheme", [INT8, INT4, GPTQ, AWQ], ids=["int8", "int4_weights", "gptq", "awq"])
 def test_scheme_is_as_close_as_transformers_in_bf16(scheme, tmp_path, monkeypatch):
     """vLLM's CPU kernels for these take 16-bit inputs only."""
     monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")  # else vLLM rounds int4's inputs too, where the CPU has AMX
     model = save_quantised(tmp_path, scheme)
+    with Engine(str(tmp_path), dtype="bfloat16") as engine:
+        answers = engine.answers(PROMPTS)
+    check_low_precision(answers, Reference(model), Reference(copy.deepcopy(model).bfloat16()))
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "not_listed"])
+def test_awq_may_leave_a_mixer_alone_as_a_whole_or_in_part(listed, tmp_path):
+    """Where config.json does not list what is not quantised, vLLM goes by the types of tensors."""
+    named = ["lm_head", "model.layers.0.mamba", "model.layers.2.mamba.out_proj"]
+    scheme = replace(AWQ, describe=lambda ignore: AWQ.describe(ignore) | {"modules_to_not_convert": named * listed})
+    ignore = ("model.layers.0.mamba.in_proj", "model.layers.0.mamba.out_proj", "model.layers.2.mamba.out_proj")
+    model = save_quantised(tmp_path, scheme, ignore)
     with Engine(str(tmp_path), dtype="bfloat16") as engine:
         answers = engine.answers(PROMPTS)
     check_low_precision(answers, Reference(model), Reference(copy.deepcopy(model).bfloat16()))

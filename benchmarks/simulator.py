@@ -40,6 +40,7 @@ from vllm_bamba.prefix.options import active, attention_spec, configure, state_s
 from vllm_bamba.prefix.policy import inner_position
 
 START = 0  # what no text stands for
+WRONG = -1  # what is made of a wrong state
 
 
 @cache
@@ -181,14 +182,16 @@ class Simulator:
         return self.worker.wrong
 
     def add(
-        self, prompt: Sequence[int], answer: int = 1, shared: int = 0, priority: int = 0, stops: Sequence[int] = ()
-    ) -> str:
+        self, prompt: Sequence[int], answer: int = 1, shared: int = 0, priority: int = 0, stops: Sequence[int] = (),
+        session: str = "",
+    ) -> str:  # fmt: skip
         """Queue a request for `answer` tokens; the first `shared` of its prompt are said to be shared.
 
-        A token of `stops` ends the answer, which an asynchronous engine learns a step too late.
+        A token of `stops` ends the answer, which an asynchronous engine learns a step too late. With the name of a
+        `session` that is vLLM's streaming input: it begins with this prompt, or goes on with it after its last answer.
         """
-        name = f"r{len(self.seen)}"
-        self.seen[name] = Seen(list(prompt))
+        name = session or f"r{len(self.seen)}"
+        self.seen.setdefault(name, Seen(list(prompt)))
         extra = {"bamba_shared_tokens": shared} if shared else None
         request = Request(
             request_id=name,
@@ -199,6 +202,7 @@ class Simulator:
             pooling_params=None,
             block_hasher=self._hasher,
             priority=priority,
+            resumable=bool(session),
         )
         self.scheduler.add_request(request)
         return name
@@ -214,8 +218,9 @@ class Simulator:
             if seen.hit < 0:
                 seen.hit = request.num_computed_tokens
         begun = {new.req_id for new in output.scheduled_new_reqs} | output.scheduled_cached_reqs.resumed_req_ids
-        for name in begun:  # what a reset has dropped is sampled again
-            self.seen[name].answer = list(self.scheduler.requests[name].output_token_ids)
+        for name in begun:  # what a reset has dropped is sampled again, and a session's answers are prompts
+            request, seen = self.scheduler.requests[name], self.seen[name]
+            seen.prompt, seen.answer = list(request.prompt_token_ids), list(request.output_token_ids)
         result = self._run(output)
         if output.num_scheduled_tokens:
             self._running.append((output, result))
@@ -292,7 +297,7 @@ class _Worker:
         self.inner = inner  # of a step's first token and end: where the state inside is kept, too
         self.anchored = anchored
         self.states: dict[int, int] = {}
-        self.anchors: dict[int, tuple[int, int]] = {}  # block -> tokens at its anchor, and their text
+        self.anchors: dict[int, tuple[int, int | None]] = {}  # block -> tokens at its anchor, and their text
         self.prefilled: dict[str, int] = {}  # tokens of each request that are no decodes
         self.keys: dict[int, dict[int, int]] = {}  # block -> offset -> text up to that token
         self.tables: dict[str, list[list[int]]] = {}
@@ -317,6 +322,7 @@ class _Worker:
                 self.anchors[to] = anchor
         starts = {}
         moved = []
+        spoilt = set()
         for name, count in output.num_scheduled_tokens.items():
             start = starts[name] = self.computed[name]
             source = self.columns.get(name, (start - 1) // self.state_block if start else -1)
@@ -331,15 +337,16 @@ class _Worker:
         for name, block, before, start, count, passes in moved:
             if before != self._at(name, start):
                 self.wrong.append(f"{name} continues at {start} from another text's state")
-            self.states[block] = self._at(name, start + count)
+                spoilt.add(name)
+            self.states[block] = after = WRONG if name in spoilt else self._at(name, start + count)
             if start < self.prefilled[name]:
-                self.anchors[block] = start + count, self._at(name, start + count)
+                self.anchors[block] = start + count, after
             elif passes:
-                self.anchors[block] = start, self._at(name, start)
+                self.anchors[block] = start, before
             elif self.anchored and start + count - self.anchors[block][0] > self.state_block:
                 self.wrong.append(f"{name} has more tokens than a ring at {start}")
         for name, count in output.num_scheduled_tokens.items():
-            self._export(name, starts[name], starts[name] + count)
+            self._export(name, starts[name], starts[name] + count, name in spoilt)
             self.computed[name] += count
         return starts
 
@@ -351,11 +358,12 @@ class _Worker:
         return self.states.get(there)
 
     def _take(self, output: SchedulerOutput) -> None:
-        for name in output.finished_req_ids | (output.preempted_req_ids or set()):
-            self.columns.pop(name, None)
+        cached = output.scheduled_cached_reqs
+        if output.num_scheduled_tokens:  # Model Runner V1 looks at nothing else of a step without
+            for name in output.finished_req_ids | (output.preempted_req_ids or set()) | cached.resumed_req_ids:
+                self.columns.pop(name, None)
         for new in output.scheduled_new_reqs:
             self._begin(new.req_id, new.block_ids, new.num_computed_tokens)
-        cached = output.scheduled_cached_reqs
         for name, blocks, computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
@@ -368,7 +376,6 @@ class _Worker:
     def _begin(self, name: str, blocks: Sequence[Sequence[int]], computed: int) -> None:
         self.tables[name] = [list(table) for table in blocks]
         self.computed[name] = computed
-        self.columns.pop(name, None)
         self.texts.pop(name, None)
         self.prefilled.pop(name, None)
 
@@ -380,12 +387,12 @@ class _Worker:
     def _at(self, name: str, position: int) -> int:
         return self.texts[name][position]
 
-    def _export(self, name: str, start: int, end: int) -> None:
+    def _export(self, name: str, start: int, end: int, spoilt: bool) -> None:
         position = self.inner(start, end)
         for table in self.tables[name][: self.mamba_groups] if position else ():
             block = table[-(-end // self.state_block) - 2]
             if block:  # not the padding
-                self.states[block] = self._at(name, position)
+                self.states[block] = WRONG if spoilt else self._at(name, position)
                 self.anchors[block] = position, self.states[block]
 
     def _attend(self, name: str, start: int, count: int) -> None:

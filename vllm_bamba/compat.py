@@ -74,6 +74,9 @@ the same, and `Scheduler.need_mamba_block_aligned_split`
     vLLM pads a prompt of one token with placeholders of drafts, and they stay in its state: see below.
 the same, and `MambaManager.cache_blocks`
     vLLM publishes a wrong state where prompts part: see below.
+the same, `Scheduler._handle_stopped_request`, `._update_request_as_session`, `._update_after_schedule`,
+`SchedulerOutput.preempted_req_ids`, `Request.num_output_placeholders` and `.resumable`
+    vLLM goes on with a streaming session from a state that is ahead of its text: see below.
 `MambaSpec.state_content_size_bytes`
     vLLM cuts copies of shared attention blocks short: see below.
 `Scheduler._preempt_request`, `._free_request_blocks`, `._update_request_as_session`, `.reset_prefix_cache`
@@ -101,7 +104,7 @@ its coordinator's `group_block_sizes`, `KVCacheBlocks.get_block_ids`, `Request.n
 `CacheConfig.mamba_block_size`
     Model Runner V2 counts states by it, and `model_state.py` with it. Goes when it asks the specification.
 
-Three of these work round bugs of vLLM's, which serve wrong tokens:
+Four of these work round bugs of vLLM's, which serve wrong tokens:
 
 - *Placeholders in a state.* With drafted tokens, `Scheduler.schedule` pads a new request of one token to those of a
   decode where others decode. It has no state yet and so is a prefill, whose state then has seen the placeholders. It
@@ -110,6 +113,10 @@ Three of these work round bugs of vLLM's, which serve wrong tokens:
   stop in blocks from the chunk's start, not from the text's, and `MambaManager` then gives the state of another
   position that position's key. Ours stops exactly there and keys nothing but the state on which a step ends. It can go
   when vLLM's own scheduler passes `test_simulated.py::test_vllm_alone_resumes_from_a_wrong_state` turned round.
+- *A state ahead of its text.* `Scheduler._handle_stopped_request` takes back the token that ended a session's answer,
+  and with asynchronous scheduling a step that is in flight has put it into the state. Ours computes such sessions
+  again. It can go when `test_simulated.py::test_vllm_alone_goes_on_with_a_session_from_a_wrong_state` fails, for
+  sessions with drafts when workers keep their states, too.
 - *Copies cut short.* `v1.worker.utils.copy_kv_cache_blocks_inplace` copies each address once; the first view of an
   address may be a Mamba layer's, which leaves out the page's padding, and with it the end of an attention block. With
   a specification that counts its padding as content all views are whole. It can go when that function copies pages.

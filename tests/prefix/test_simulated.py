@@ -5,8 +5,7 @@ import random
 import sys
 
 import pytest
-from vllm.sampling_params import SamplingParams
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import RequestStatus
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # for benchmarks
 
@@ -367,6 +366,16 @@ def test_the_worker_is_told_of_an_anchored_answers_columns_in_advance(asynchrono
     assert all(len(set(table[7:])) == 1 for table in tables[:-1])
 
 
+def say(engine: Simulator, prompt: list[int], answer: int, stops: range = range(0)) -> Seen:
+    """Begin the one streaming session, or go on with it, up to the end of its answer."""
+    engine.add(prompt, answer, stops=stops, session="chat")
+    for _ in range(1000):
+        engine.step()
+        if engine.scheduler.requests["chat"].status == RequestStatus.WAITING_FOR_STREAMING_REQ:
+            return engine.seen["chat"]
+    raise RuntimeError("the answer does not end")
+
+
 @pytest.mark.parametrize("more", [3, 10, 40, 600])
 @pytest.mark.parametrize("asynchronous", [False, True])
 @anchored_or_not
@@ -375,23 +384,9 @@ def test_a_session_goes_on_from_its_answer_with_more_of_the_prompt(
 ) -> None:
     """vLLM's streaming input: the request is scheduled as a new one, without having given anything back."""
     engine = Simulator(asynchronous=asynchronous, anchored=anchored)
-
-    def say(tokens: list[int]) -> None:
-        sampling = SamplingParams(max_tokens=100, ignore_eos=True)
-        engine.scheduler.add_request(
-            Request("chat", tokens, sampling, None, block_hasher=engine._hasher, resumable=True)
-        )
-        (session,) = engine.scheduler.requests.values()
-        engine.seen["chat"] = Seen(list(session.all_token_ids))
-        steps = 0
-        while session.status != RequestStatus.WAITING_FOR_STREAMING_REQ:
-            engine.step()
-            steps += 1
-            assert steps < 200
-        assert steps >= 100
-
     for tokens in (text(1, 100), text(2, more), text(3, 50)):
-        say(tokens)
+        assert len(say(engine, tokens, answer=100).answer) == 100
+    assert sum(engine.seen["chat"].chunks) == 100 + more + 50 + 3 * 99  # nothing twice
     assert engine.wrong == []
 
 
@@ -401,18 +396,122 @@ def test_a_session_goes_on_from_an_answer_in_place(more: int) -> None:
     engine, in_place = Simulator(Geometry(blocks=58), asynchronous=True), []
     for i in range(3):
         engine.add(text(10 + i, 100), answer=220)
+    run = engine._run
+    engine._run = lambda output: in_place.append("chat" in engine.scheduler.slots._in_place) or run(output)
     for tokens in (text(1, 100), text(2, more), text(3, more)):
-        sampling = SamplingParams(max_tokens=90, ignore_eos=True)
-        engine.scheduler.add_request(
-            Request("chat", tokens, sampling, None, block_hasher=engine._hasher, resumable=True)
-        )
-        session = engine.scheduler.requests["chat"]
-        engine.seen["chat"] = Seen(list(session.all_token_ids))
-        while session.status != RequestStatus.WAITING_FOR_STREAMING_REQ:
-            engine.step()
-            in_place.append("chat" in engine.scheduler.slots._in_place)
+        say(engine, tokens, answer=90)
     assert any(in_place)
     assert engine.wrong == []
+
+
+STOPS = range(3, 503, 7)  # every seventh of the tokens that the simulator samples
+
+
+@pytest.mark.parametrize("more", [1, 3, 40, 600])
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"anchored": True}, {"caching": False}], ids=["copied", "anchored", "without caching"]
+)
+def test_a_session_goes_on_from_an_answer_that_a_token_has_ended(
+    options: dict[str, bool], asynchronous: bool, more: int
+) -> None:
+    engine = Simulator(asynchronous=asynchronous, **options)
+    for seed in range(12):
+        assert len(say(engine, text(seed, 100 if seed == 0 else more), answer=200, stops=STOPS).answer) < 200
+    assert engine.wrong == []
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_vllm_alone_goes_on_with_a_session_from_a_wrong_state(caching: bool) -> None:
+    """Another bug that `compat` works round. What others hit of the session is wrong, too."""
+    engine = Simulator(asynchronous=True, slots=False, caching=caching)
+    say(engine, text(1, 100), answer=60, stops=STOPS)
+    end = len(engine.seen["chat"].prompt + engine.seen["chat"].answer) - 2  # one was dropped, one is in flight
+    seen = say(engine, text(2, 600), answer=3)
+    assert f"chat continues at {end} from another text's state" in engine.wrong
+    engine.abort("chat")
+    assert engine.ask(seen.prompt + text(9, 30)).hit == (528 if caching else 0)
+    assert ("r1 continues at 528 from another text's state" in engine.wrong) == caching
+
+
+@anchored_or_not
+def test_a_session_that_is_computed_again_hits_its_answer(anchored: bool) -> None:
+    """The answer's last token, which the step in flight has put into its state, is none of the session's text."""
+    engine = Simulator(asynchronous=True, anchored=anchored)
+    say(engine, text(0, 40), answer=200, stops=STOPS)
+    for seed in range(1, 12):
+        before = len(engine.seen["chat"].chunks)
+        seen = say(engine, text(seed, 40), answer=200, stops=STOPS)
+        assert 40 <= seen.chunks[before] < 40 + 2 * 16
+    assert engine.wrong == []
+
+
+def test_a_session_with_drafts_is_computed_again() -> None:
+    """Its states may be ahead of its text even if no step was in flight."""
+    engine = Simulator(caching=False)
+    say(engine, text(1, 100), answer=20)
+    engine.scheduler.num_spec_tokens = 2
+    seen = say(engine, text(2, 40), answer=20)
+    assert (len(seen.prompt), seen.chunks[20]) == (159, 40)
+    seen = say(engine, text(3, 40), answer=20)
+    assert (len(seen.prompt), seen.chunks[40]) == (218, 218)
+    assert engine.wrong == []
+
+
+@anchored_or_not
+def test_others_hit_nothing_wrong_of_a_session_that_a_token_has_ended(anchored: bool) -> None:
+    engine = Simulator(asynchronous=True, anchored=anchored)
+    for seed in range(4):
+        say(engine, text(seed, 50), answer=60, stops=STOPS)
+    seen = say(engine, text(4, 600), answer=60)
+    engine.abort("chat")
+    prompt = seen.prompt + seen.answer
+    assert engine.ask(prompt + text(9, 30), answer=3).hit == (len(prompt) - 1) // 16 * 16
+    assert engine.wrong == []
+
+
+def converse(seed: int, **options: object) -> Simulator:
+    """Streaming sessions beside other requests in a tiny cache: preemption, aborts, input that comes too early."""
+    rng = random.Random(seed)
+    geometry = Geometry(
+        attention_block=rng.choice([32, 64, 80]), mamba_groups=rng.choice([1, 3]), blocks=rng.choice([20, 26, 40]),
+        max_tokens=600, max_batch=rng.choice([33, 64, 256]), max_requests=rng.choice([3, 5, 16]),
+    )  # fmt: skip
+    engine = Simulator(geometry, **options)  # type: ignore[arg-type]
+    said = {"s0": 0, "s1": 0}  # tokens of each session, at most
+    for i in range(150):
+        prompt, answer = text(rng.randrange(1 << 30), rng.randrange(1, 60)), rng.randrange(1, 60)
+        session = rng.choice([*said, "", "", ""])
+        engine.add(prompt, answer, stops=STOPS, session=session)
+        for _ in range(rng.choice([0, 0, 1, 5, 40])):
+            engine.step()
+        if session:
+            said[session] += len(prompt) + answer
+        ended = rng.choice(list(engine.seen)) if rng.random() < 0.1 else ""
+        for name in [name for name in said if name == ended or said[name] > 400]:
+            engine.abort(name)
+            del said[name]
+            said[f"s{i + 2}"] = 0
+        engine.abort(ended)
+    for name in said:
+        engine.abort(name)
+    engine.finish()
+    return engine
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+@anchored_or_not
+def test_random_sessions_never_build_on_another_text(seed: int, asynchronous: bool, anchored: bool) -> None:
+    engine = converse(seed, asynchronous=asynchronous, anchored=anchored)
+    assert engine.wrong == []
+    assert_consistent(engine)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_random_sessions_without_caching_never_build_on_another_text(seed: int, asynchronous: bool) -> None:
+    assert converse(seed, asynchronous=asynchronous, caching=False).wrong == []
 
 
 @pytest.mark.parametrize("max_tokens", [32768, 512])  # a context shorter than a block: the block is all that there is

@@ -1,6 +1,6 @@
 """vLLM's schedulers, which ask less of the cache, and whose prefills stop exactly where a slot is wanted.
 
-With drafted tokens they are vLLM's but for one thing, see `Drafting`.
+With drafted tokens they are vLLM's but for two things, see `Sessions` and `Drafting`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
@@ -19,7 +20,43 @@ from vllm_bamba.prefix.slots import Slots
 from vllm_bamba.step_options import slot_format
 
 
-class Sparing(Scheduler):
+class Sessions(Scheduler):
+    """Computes a streaming session again where its states are ahead of its text; prefixes that are cached are hit.
+
+    A session drops its answer's last token when more of the prompt comes. A step that was in flight when that token
+    ended the answer has put it into the states, and states cannot be rewound as keys can. With drafts they may be ahead
+    in any case, and the worker does not remember by how much.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.ahead: set[str] = set()  # such sessions, until they are scheduled again
+
+    def _handle_stopped_request(self, request: Request) -> bool:
+        if request.resumable and (request.num_output_placeholders > 0 or self.num_spec_tokens > 0):
+            self.ahead.add(request.request_id)
+        return super()._handle_stopped_request(request)
+
+    def _update_request_as_session(self, session: Request, update: Any) -> None:
+        again = session.request_id in self.ahead
+        if again:  # before the answer becomes a part of the prompt, so that it leaves what others' answers leave
+            self._free_request_blocks(session)
+        super()._update_request_as_session(session, update)
+        if again:
+            session.num_computed_tokens = 0
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """As vLLM's; the worker forgets where the states of such sessions are, as it does of preempted requests.
+
+        It is told in every step: one without tokens it may not look at.
+        """
+        if self.ahead:
+            scheduler_output.preempted_req_ids = self.ahead | (scheduler_output.preempted_req_ids or set())
+            self.ahead -= scheduler_output.num_scheduled_tokens.keys() | scheduler_output.finished_req_ids
+        super()._update_after_schedule(scheduler_output)
+
+
+class Sparing(Sessions):
     """Asks the groups of the cache only where one has something to do."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -113,7 +150,7 @@ class PrefixAwareAsync(PrefixAware, AsyncScheduler):
     """The next step is scheduled while one runs."""
 
 
-class Drafting(Scheduler):
+class Drafting(Sessions):
     """A prompt of one token, which comes while others decode, gets no placeholders of drafts.
 
     vLLM pads it with them, so that all have as many tokens. But what has no state yet is a prefill, and nobody takes

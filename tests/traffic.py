@@ -43,7 +43,8 @@ def traffic(engine: Engine, seed: int, requests: int) -> Traffic:
     def step() -> None:
         outputs = inner.step()
         if hasattr(engine.scheduler, "slots"):
-            seen.in_place |= engine.scheduler.slots._in_place
+            known = engine.scheduler.slots.requests
+            seen.in_place |= {name for name in known if known[name].in_place}
         for output in outputs:
             if output.finished and output.request_id not in aborted and output.outputs[0].finish_reason == "length":
                 answer = _answer(output)

@@ -180,8 +180,7 @@ def assert_consistent(engine: Simulator) -> None:
     """All blocks are free, and each slot is whole: a state of every group and all attention blocks, with keys."""
     pool, slots = engine.scheduler.kv_cache_manager.block_pool, engine.scheduler.slots
     assert pool.get_num_free_blocks() == engine.geometry.blocks - 1
-    assert slots.plans == slots.prefilled == {}
-    assert slots._withdrawn == slots._in_place == set()
+    assert not slots.requests
     managers = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
     assert [m._last_block for m in managers if isinstance(m, BambaStateManager)] == [{}] * engine.geometry.mamba_groups
     for key, states in slots._states.items():
@@ -299,7 +298,8 @@ def test_an_answer_without_blocks_to_move_to_goes_on_in_its_own(asynchronous: bo
     in_place: set[str] = set()
     while engine.scheduler.has_unfinished_requests():
         engine.step()
-        in_place |= engine.scheduler.slots._in_place
+        known = engine.scheduler.slots.requests
+        in_place |= {name for name in known if known[name].in_place}
     engine.finish()
     assert in_place
     assert engine.wrong == []
@@ -397,7 +397,7 @@ def test_a_session_goes_on_from_an_answer_in_place(more: int) -> None:
     for i in range(3):
         engine.add(text(10 + i, 100), answer=220)
     run = engine._run
-    engine._run = lambda output: in_place.append("chat" in engine.scheduler.slots._in_place) or run(output)
+    engine._run = lambda output: in_place.append(engine.scheduler.slots.requests["chat"].in_place) or run(output)
     for tokens in (text(1, 100), text(2, more), text(3, more)):
         say(engine, tokens, answer=90)
     assert any(in_place)

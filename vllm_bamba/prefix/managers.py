@@ -101,7 +101,7 @@ class BambaStateManager(MambaManager):
             return self.go_on(request_id, num_tokens_main_model - 1)
         allocated = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         if allocated:
-            self.slots.appended.add(request_id)
+            self.slots.step.appended.add(request_id)
         return allocated
 
     def stays(self, request_id: str, tokens: int) -> bool:
@@ -113,7 +113,7 @@ class BambaStateManager(MambaManager):
         return (
             self.slots.goes_on_in_place(request_id)
             and tokens >= len(blocks) * self.block_size
-            and tokens > self.slots.prefilled[request_id]
+            and tokens > self.slots.requests[request_id].prefilled
             and self.block_pool.is_block_writable(blocks[-1])
         )
 
@@ -171,7 +171,7 @@ class BambaStateManager(MambaManager):
         self.num_cached_block[request.request_id] = num_tokens // self.block_size
         blocks = self.req_to_blocks[request.request_id]
         in_place = self.slots.goes_on_in_place(request.request_id)  # anchored ones leave a slot when they end
-        last = self.slots.prefilled[request.request_id] if in_place else num_tokens
+        last = self.slots.requests[request.request_id].prefilled if in_place else num_tokens
         for position in (self.slots.inner(request.request_id), num_tokens):
             if 0 < position <= min(last, len(blocks) * self.block_size) and position % self.block_size == 0:
                 self._key(request, position, blocks[position // self.block_size - 1])

@@ -95,16 +95,17 @@ class PrefixAware(Sparing):
         Unlike vLLM's it need not end on a block's last token: `BambaStateManager` keys what does and nothing else.
         """
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
+        known = self.slots.requests[request.request_id]
         prefilled = max(request.num_prompt_tokens, request.num_tokens - 1)
         if request.num_computed_tokens == 0 or start < prefilled:
-            self.slots.prefilled[request.request_id] = prefilled
+            known.prefilled = prefilled
         if start >= prefilled:
             return num_new_tokens
         if not self.slots.takes_prefill(request.request_id):
             return 0
         unit, is_new = unit_of(self.vllm_config), request.num_computed_tokens == 0
         if is_new:
-            self.slots.plans[request.request_id] = plan_prefill(
+            known.plan = plan_prefill(
                 request.num_tokens,
                 start,
                 junction=request.shared_prefix_boundary,
@@ -113,7 +114,7 @@ class PrefixAware(Sparing):
                 unit=unit,
                 roomy=self.slots.table.roomy,
             )
-        end, plan = start + num_new_tokens, self.slots.plans.get(request.request_id, {})
+        end, plan = start + num_new_tokens, known.plan
         roomy = self.slots.room_inside(request.request_id, end, copies=is_new and start > 0)
         if is_new and plan and self.running and not roomy:
             return 0  # it would come to its first slot, and be preempted there

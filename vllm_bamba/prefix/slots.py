@@ -7,7 +7,9 @@ gone stands first in the queue of free blocks, so that nothing of use is taken w
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,47 @@ if TYPE_CHECKING:
     from vllm_bamba.prefix.managers import BambaAttentionManager, BambaStateManager
 
 
+@dataclass
+class OfStep:
+    """What is known of the step that is being scheduled.
+
+    Attributes:
+        prefills: requests that it prefills.
+        inner: of each of these, the position at which it leaves the state, too; 0: nowhere.
+        appended: requests whose states got a block, which only this step will fill.
+        decided: of a request and a position, whether the state there becomes a slot.
+        made: the slots that each request leaves.
+    """
+
+    prefills: set[str] = field(default_factory=set)
+    inner: dict[str, int] = field(default_factory=dict)
+    appended: set[str] = field(default_factory=set)
+    decided: dict[tuple[str, int], bool] = field(default_factory=dict)
+    made: defaultdict[str, list[Key]] = field(default_factory=lambda: defaultdict(list))
+
+
+@dataclass
+class OfRequest:
+    """What is known of a request while it has blocks.
+
+    Attributes:
+        prefilled: tokens up to which it is prefilled; one less where the last of them is an answer's (after a
+            preemption): a step for that token alone is a decode. More than there can be until it is scheduled.
+        plan: where its prompt leaves slots, and of which kind.
+        lineage: the slots that it started from and has left, in order.
+        newest: the one that its answer has left last.
+        withdrawn: whether a block of its states was not filled, as it was preempted.
+        in_place: whether it is an answer for which there were no blocks to move to.
+    """
+
+    prefilled: int = sys.maxsize
+    plan: dict[int, Kind] = field(default_factory=dict)
+    lineage: list[Key] = field(default_factory=list)
+    newest: Key | None = None
+    withdrawn: bool = False
+    in_place: bool = False
+
+
 class Slots:
     """What the managers of all groups and the scheduler share."""
 
@@ -30,24 +73,13 @@ class Slots:
         self.states: list[BambaStateManager] = []
         self.anchored = False  # as `state.SlotFormat` has it
         self.columns = 0  # of the worker's block table of states
-        # of each request, tokens up to which it is prefilled; one less where the last of them is an answer's (after a
-        # preemption): a step for that token alone is a decode
-        self.prefilled: dict[str, int] = {}
-        self.appended: set[str] = set()  # requests whose states got a block in this step, which only it will fill
         self.attention: BambaAttentionManager | None = None
         self.table = SlotTable(0)
-        self.plans: dict[str, dict[int, Kind]] = {}
+        self.step = OfStep()
+        self.requests: defaultdict[str, OfRequest] = defaultdict(OfRequest)
         self._states: dict[Key, list[KVCacheBlock]] = {}
         self._texts: dict[Key, list[KVCacheBlock]] = {}
         self._owners: dict[int, dict[Key, None]] = {}  # block id -> slots that hold it, in order
-        self._lineage: defaultdict[str, list[Key]] = defaultdict(list)
-        self._newest: dict[str, Key] = {}  # of each answer
-        self._made_in_step: defaultdict[str, list[Key]] = defaultdict(list)
-        self._in_place: set[str] = set()  # answers for which there were no blocks to move to
-        self._prefills: set[str] = set()
-        self._withdrawn: set[str] = set()
-        self._inner: dict[str, int] = {}
-        self._decided: dict[tuple[str, int], bool] = {}
         before_allocation(pool, self.make_room)
 
     @property
@@ -75,17 +107,13 @@ class Slots:
     # a request's way through the scheduler
 
     def new_step(self) -> None:
-        self._made_in_step.clear()
-        self.appended.clear()
-        self._prefills.clear()
-        self._inner.clear()
-        self._decided.clear()
+        self.step = OfStep()
 
     def takes_prefill(self, request_id: str) -> bool:
         """Whether this step may prefill the request, too."""
-        if len(self._prefills) < PREFILLS:
-            self._prefills.add(request_id)
-        return request_id in self._prefills
+        if len(self.step.prefills) < PREFILLS:
+            self.step.prefills.add(request_id)
+        return request_id in self.step.prefills
 
     def room_inside(self, request_id: str, end: int, copies: bool) -> bool:
         """Whether a prefill up to `end` can have a second state without taking others' blocks.
@@ -98,24 +126,25 @@ class Slots:
 
     def keeps_inside(self, request_id: str, position: int) -> None:
         """The step that is being scheduled leaves the state at this position, too; 0: none."""
-        self._inner[request_id] = position
+        self.step.inner[request_id] = position
 
     def inner(self, request_id: str) -> int:
         """That position."""
-        return self._inner.get(request_id, 0)
+        return self.step.inner.get(request_id, 0)
 
     def hit(self, request_id: str, key: Key) -> None:
         """The request is admitted and starts from this slot."""
-        if key in self.table and self._lineage[request_id] != [key]:
-            self._lineage[request_id] = [key]
+        request = self.requests[request_id]
+        if key in self.table and request.lineage != [key]:
+            request.lineage = [key]
             self.table.hit(key)
 
     def admits(self, request: Request, position: int, key: Key) -> bool:
         """Whether the state at this position becomes a slot; all groups of a position get the same answer."""
-        asked = (request.request_id, position)
-        if asked not in self._decided or (self._decided[asked] and key not in self._states):
-            self._decided[asked] = self._admit(request, position, key)
-        return self._decided[asked]
+        asked, decided = (request.request_id, position), self.step.decided
+        if asked not in decided or (decided[asked] and key not in self._states):
+            decided[asked] = self._admit(request, position, key)
+        return decided[asked]
 
     def add_state(self, key: Key, block: KVCacheBlock) -> None:
         self._states[key].append(block)
@@ -126,14 +155,11 @@ class Slots:
         for block in blocks:
             if not block.is_null and block.ref_cnt == 1 and block.block_id not in self._owners:
                 remove_keys(self.pool, block)
-        for of_request in (self.plans, self.prefilled, self._lineage, self._newest):
-            of_request.pop(request_id, None)
-        self._withdrawn.discard(request_id)
-        self._in_place.discard(request_id)
+        self.requests.pop(request_id, None)
 
     def goes_on_in_place(self, request_id: str) -> bool:
         """Whether an answer's blocks take its next states, too, behind the end of their unit."""
-        return self.anchored or request_id in self._in_place
+        return self.anchored or self.requests[request_id].in_place
 
     def keep_in_place(self, request_id: str, tokens: int) -> bool:
         """Have an answer that has so many tokens, and for the next one no free blocks, go on in those that it has.
@@ -144,12 +170,13 @@ class Slots:
             Whether that helps: blocks are lacking for its states, and those that it has are its own.
         """
         blocks = [states.req_to_blocks[request_id] for states in self.states]
-        moves = tokens > self.prefilled.get(request_id, tokens) and tokens >= len(blocks[0]) * self.states[0].block_size
+        prefilled = self.requests[request_id].prefilled
+        moves = tokens > prefilled and tokens >= len(blocks[0]) * self.states[0].block_size
         if self.goes_on_in_place(request_id) or not moves or any(of_group[-1].ref_cnt > 1 for of_group in blocks):
             return False
         for of_group in blocks:
             self._drop_owners(of_group[-1])
-        self._in_place.add(request_id)
+        self.requests[request_id].in_place = True
         return True
 
     def stays(self, request_id: str, tokens: int) -> bool:
@@ -162,10 +189,9 @@ class Slots:
 
     def unit_left(self, request: Request) -> int:
         """Tokens of the last unit of an anchored answer, which others may go on from when it ends; 0: there is none."""
-        request_id, size = request.request_id, self.states[0].block_size
+        known, size = self.requests[request.request_id], self.states[0].block_size
         unit = request.num_computed_tokens // size * size
-        answers = unit > self.prefilled.get(request_id, unit)
-        return unit if self.anchored and answers and request_id not in self._withdrawn else 0
+        return unit if self.anchored and unit > known.prefilled and not known.withdrawn else 0
 
     def leave(self, request: Request, unit: int) -> None:
         """The request is about to give back all its blocks: have its state at that unit found, if its text can be."""
@@ -180,10 +206,10 @@ class Slots:
             request_id: the request.
             blocks: attention blocks that got keys for it in this step.
         """
-        self._inner.pop(request_id, None)
-        if request_id in self.appended:
-            self._withdrawn.add(request_id)
-        for key in self._made_in_step.pop(request_id, ()):
+        self.step.inner.pop(request_id, None)
+        if request_id in self.step.appended:
+            self.requests[request_id].withdrawn = True
+        for key in self.step.made.pop(request_id, ()):
             if key in self.table:
                 self._drop(key)
         for block in blocks:
@@ -211,46 +237,45 @@ class Slots:
                 self._forget(block)
 
     def _admit(self, request: Request, position: int, key: Key) -> bool:
-        request_id = request.request_id
-        kind = self.plans.get(request_id, {}).get(position)
+        known = self.requests[request.request_id]
+        kind = known.plan.get(position)
         if kind is None and position > request.num_prompt_tokens:
             kind = Kind.ANSWER
         if kind is None or self.attention is None:
             return False
         if key in self.table:  # another request has just left it there
-            self._lineage[request_id].append(key)
+            known.lineage.append(key)
             return False
         if kind is Kind.ANSWER:
-            self._retire_answers(request_id)
+            self._retire_answers(known)
         while self.table.full:
             victim = self.table.victim(self._idle, proven=False)
             if victim is None:
                 return False
             self._drop(victim)
-        lineage = self._lineage[request_id]
-        text = self.attention.blocks_of(request_id, position)
+        text = self.attention.blocks_of(request.request_id, position)
         alone = sum(block.block_id not in self._owners for block in text)
-        self.table.add(key, position, lineage, kind, self.groups + alone)
-        lineage.append(key)
+        self.table.add(key, position, known.lineage, kind, self.groups + alone)
+        known.lineage.append(key)
         self._states[key] = []
         self._texts[key] = text
         for block in text:
             self._own(key, block)
-        self._made_in_step[request_id].append(key)
+        self.step.made[request.request_id].append(key)
         if kind is Kind.ANSWER:
-            self._newest[request_id] = key
+            known.newest = key
         return True
 
-    def _retire_answers(self, request_id: str) -> None:
+    def _retire_answers(self, request: OfRequest) -> None:
         """An answer has reached a new boundary: its own last slot goes, and the turn before counts as continued."""
-        newest = self._newest.pop(request_id, None)
+        newest, request.newest = request.newest, None
         if newest is None:
-            for key in self._lineage[request_id][:1]:
+            for key in request.lineage[:1]:
                 if key in self.table and self.table[key].kind is Kind.ANSWER:
                     self.table.supersede(key)
         elif newest in self.table and not self.table[newest].uses:
             self._drop(newest)
-            self._lineage[request_id].remove(newest)
+            request.lineage.remove(newest)
 
     def _idle(self, key: Key) -> bool:
         return any(block.ref_cnt == 0 for block in self._states[key])

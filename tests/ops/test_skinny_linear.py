@@ -184,10 +184,9 @@ def test_surroundings_that_do_not_fit_are_refused() -> None:
 
 def test_tables_are_of_a_gpu_and_its_memory() -> None:
     assert tuning_for((9, 0), "NVIDIA H200") is H200
-    assert tuning_for((9, 0), "NVIDIA GH200 480GB") is H200
     assert tuning_for((9, 0), "NVIDIA H100 80GB HBM3") is H100
     assert tuning_for((9, 0), "NVIDIA H800") is H100
-    for name in ("NVIDIA H20", "NVIDIA H100 NVL"):
+    for name in ("NVIDIA H20", "NVIDIA H100 NVL", "NVIDIA H100 PCIe", "NVIDIA H800 PCIe", "NVIDIA GH200 480GB"):
         assert tuning_for((9, 0), name) is None
     assert tuning_for((10, 0), "NVIDIA B200") is None
 

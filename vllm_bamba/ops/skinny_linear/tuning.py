@@ -106,7 +106,7 @@ def tuning_for(capability: tuple[int, int], name: str) -> Tuning | None:
 
     A table for another speed of memory loses to a library's product. So it is with the H100's on an H200.
     """
-    if capability != (9, 0):
+    if capability != (9, 0) or "GH200" in name or "PCIe" in name:
         return None
     if "H200" in name:
         return H200

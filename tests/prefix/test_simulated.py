@@ -3,6 +3,7 @@
 import pathlib
 import random
 import sys
+from types import SimpleNamespace
 
 import pytest
 from vllm.v1.request import RequestStatus
@@ -14,6 +15,7 @@ from benchmarks import prefix_hits as scenario
 from benchmarks.simulator import Geometry, Seen, Simulator
 from vllm_bamba.prefix import scheduler
 from vllm_bamba.prefix.managers import BambaStateManager, OnlyWhereDue
+from vllm_bamba.prefix.policy import PREFILLS
 
 vllm_bamba.register()
 text = scenario.text
@@ -402,6 +404,32 @@ def test_a_session_goes_on_from_an_answer_in_place(more: int) -> None:
         say(engine, tokens, answer=90)
     assert any(in_place)
     assert engine.wrong == []
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"anchored": True}, {"caching": False}], ids=["copied", "anchored", "without caching"]
+)
+def test_a_step_begins_no_more_prefills_than_there_is_memory_for(options: dict[str, bool], asynchronous: bool) -> None:
+    engine = Simulator(Geometry(max_requests=256, blocks=20_000), asynchronous=asynchronous, **options)
+    for i in range(150):
+        engine.add(text(i, 12), answer=9)
+    begun: list[int] = []
+    run = engine._run
+    engine._run = lambda output: begun.append(len(output.scheduled_new_reqs)) or run(output)  # type: ignore[func-returns-value]
+    engine.finish()
+    assert begun[:4] == [PREFILLS, PREFILLS, 150 - 2 * PREFILLS, 0]
+    assert engine.wrong == []
+
+
+def test_nor_does_one_with_drafts() -> None:
+    engine = object.__new__(scheduler.Drafting)
+    engine.aligns, engine.prefills = False, set()
+    new = [SimpleNamespace(request_id=str(i), num_computed_tokens=0, num_tokens=9) for i in range(PREFILLS + 1)]
+    assert [engine._mamba_block_aligned_split(request, 9) for request in new] == [9] * PREFILLS + [0]
+    assert engine._mamba_block_aligned_split(new[0], 9) == 9
+    new[-1].num_computed_tokens = 9
+    assert engine._mamba_block_aligned_split(new[-1], 3) == 3
 
 
 STOPS = range(3, 503, 7)  # every seventh of the tokens that the simulator samples

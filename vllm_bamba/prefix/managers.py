@@ -7,7 +7,7 @@ imported, in the engine and in its workers.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -312,10 +312,13 @@ class OnlyWhereDue:
     "nothing" until the request passes a multiple of `grain` tokens: with slots, an answer does in one or two steps of
     sixteen, and without caching in one or two of hundreds. An anchored answer that stays in its blocks passes such a
     multiple without all that.
+
+    Who has nothing yet gets nothing either, as if blocks were lacking, unless the step `takes_prefill`.
     """
 
-    def __init__(self, manager: KVCacheManager):
+    def __init__(self, manager: KVCacheManager, takes_prefill: Callable[[Request], bool]):
         self.manager = manager
+        self.takes_prefill = takes_prefill
         self.slots: Slots | None = None
         longest = manager.max_model_len
         self.grain = gcd(*(size for size in manager.coordinator.group_block_sizes if size < longest)) or longest
@@ -334,6 +337,8 @@ class OnlyWhereDue:
         known = min(end, request.num_tokens)
         done = max(start - request.num_in_flight_tokens, 0)
         before = self._places.get(request_id)
+        if before is None and not self.takes_prefill(request):
+            return None
         allocated, keyed, freed = (end - 1) // self.grain, known // self.grain, (done - 1) // self.grain
         settled = before is not None and before.settled
         blocks: KVCacheBlocks = self._nothing

@@ -1,6 +1,6 @@
 """vLLM's schedulers, which ask less of the cache, and whose prefills stop exactly where a slot is wanted.
 
-With drafted tokens they are vLLM's but for two things, see `Sessions` and `Drafting`.
+With drafted tokens they are vLLM's but for three things, see `Bounded`, `Sessions` and `Drafting`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vllm.v1.request import Request
 from vllm_bamba.config import BambaShape
 from vllm_bamba.prefix.managers import OnlyWhereDue
 from vllm_bamba.prefix.options import SlotOptions, active, shared_tokens, system_tokens, unit_of
-from vllm_bamba.prefix.policy import chunk_tokens, inner_position, plan_prefill
+from vllm_bamba.prefix.policy import PREFILLS, chunk_tokens, inner_position, plan_prefill
 from vllm_bamba.prefix.slots import Slots
 from vllm_bamba.step_options import slot_format
 
@@ -56,12 +56,30 @@ class Sessions(Scheduler):
         super()._update_after_schedule(scheduler_output)
 
 
-class Sparing(Sessions):
+class Bounded(Scheduler):
+    """Begins no more prefills in a step than memory is set aside for (`mixing.Mixing.reserve`)."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.prefills: set[str] = set()  # of the step that is being scheduled
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self.prefills.clear()
+        return super().schedule(*args, **kwargs)
+
+    def takes_prefill(self, request: Request) -> bool:
+        """Whether this step may prefill the request, too."""
+        if len(self.prefills) < PREFILLS:
+            self.prefills.add(request.request_id)
+        return request.request_id in self.prefills
+
+
+class Sparing(Sessions, Bounded):
     """Asks the groups of the cache only where one has something to do."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.due = OnlyWhereDue(self.kv_cache_manager)
+        self.due = OnlyWhereDue(self.kv_cache_manager, self.takes_prefill)
 
     def _free_request_blocks(self, request: Request) -> None:
         self.due.forget(request)
@@ -101,7 +119,7 @@ class PrefixAware(Sparing):
             known.prefilled = prefilled
         if start >= prefilled:
             return num_new_tokens
-        if not self.slots.takes_prefill(request.request_id):
+        if not self.takes_prefill(request):
             return 0
         unit, is_new = unit_of(self.vllm_config), request.num_computed_tokens == 0
         if is_new:
@@ -151,7 +169,7 @@ class PrefixAwareAsync(PrefixAware, AsyncScheduler):
     """The next step is scheduled while one runs."""
 
 
-class Drafting(Sessions):
+class Drafting(Sessions, Bounded):
     """A prompt of one token, which comes while others decode, gets no placeholders of drafts.
 
     vLLM pads it with them, so that all have as many tokens. But what has no state yet is a prefill, and nobody takes
@@ -170,7 +188,12 @@ class Drafting(Sessions):
         num_new_local_computed_tokens: int = 0,
         num_external_computed_tokens: int = 0,
     ) -> int:
-        """As vLLM's if that is wanted; in either case no more of a request's first tokens than there are."""
+        """As vLLM's if that is wanted; in either case no more of a request's first tokens than there are.
+
+        0 where the request has to wait.
+        """
+        if request.num_computed_tokens == 0 and not self.takes_prefill(request):
+            return 0
         found = (num_new_local_computed_tokens, num_external_computed_tokens)
         if self.aligns:
             num_new_tokens = super()._mamba_block_aligned_split(request, num_new_tokens, *found)

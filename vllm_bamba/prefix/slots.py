@@ -14,7 +14,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from vllm_bamba.compat import before_allocation, free_blocks_in_order, move_to_front, remove_keys
-from vllm_bamba.prefix.policy import PREFILLS, Key, Kind, SlotTable
+from vllm_bamba.prefix.policy import Key, Kind, SlotTable
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -29,14 +29,12 @@ class OfStep:
     """What is known of the step that is being scheduled.
 
     Attributes:
-        prefills: requests that it prefills.
-        inner: of each of these, the position at which it leaves the state, too; 0: nowhere.
+        inner: of each request that it prefills, the position at which it leaves the state, too; 0: nowhere.
         appended: requests whose states got a block, which only this step will fill.
         decided: of a request and a position, whether the state there becomes a slot.
         made: the slots that each request leaves.
     """
 
-    prefills: set[str] = field(default_factory=set)
     inner: dict[str, int] = field(default_factory=dict)
     appended: set[str] = field(default_factory=set)
     decided: dict[tuple[str, int], bool] = field(default_factory=dict)
@@ -108,12 +106,6 @@ class Slots:
 
     def new_step(self) -> None:
         self.step = OfStep()
-
-    def takes_prefill(self, request_id: str) -> bool:
-        """Whether this step may prefill the request, too."""
-        if len(self.step.prefills) < PREFILLS:
-            self.step.prefills.add(request_id)
-        return request_id in self.step.prefills
 
     def room_inside(self, request_id: str, end: int, copies: bool) -> bool:
         """Whether a prefill up to `end` can have a second state without taking others' blocks.

@@ -79,7 +79,8 @@ the same, `Scheduler._handle_stopped_request`, `._update_request_as_session`, `.
     vLLM goes on with a streaming session from a state that is ahead of its text: see below.
 `MambaSpec.state_content_size_bytes`
     vLLM cuts copies of shared attention blocks short: see below.
-`Scheduler._preempt_request`, `._free_request_blocks`, `._update_request_as_session`, `.reset_prefix_cache`
+`Scheduler.schedule`, `._preempt_request`, `._free_request_blocks`, `._update_request_as_session`,
+`.reset_prefix_cache`
     Steps that are not run, requests that end or go on with more of a prompt, caches that are emptied. Goes with the
     slots.
 `MambaManager.get_num_blocks_to_allocate`, `.allocate_new_blocks`, `BlockPool.is_block_writable`,

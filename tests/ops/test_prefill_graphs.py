@@ -40,8 +40,8 @@ BATCHES = [
 ]  # fmt: skip
 
 
-def described(runs: Sequence[Run], most: Shape = SOME) -> ShortPrefills:
-    made = ShortPrefills(CHUNK, DEVICE, most)
+def described(runs: Sequence[Run]) -> ShortPrefills:
+    made = ShortPrefills(CHUNK, DEVICE, SOME)
     made.fill([Run(5, 60, 21), Run(1, 8, 3), Run(0, 60)])  # what was before must not show
     made.fill(runs)
     return made

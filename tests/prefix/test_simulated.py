@@ -20,6 +20,9 @@ from vllm_bamba.prefix.policy import PREFILLS
 vllm_bamba.register()
 text = scenario.text
 anchored_or_not = pytest.mark.parametrize("anchored", [False, True], ids=["copied", "anchored"])
+each_kind_of_cache = pytest.mark.parametrize(
+    "options", [{}, {"anchored": True}, {"caching": False}], ids=["copied", "anchored", "without caching"]
+)
 
 
 @pytest.mark.parametrize("tokens", [17, 300, 500, 528, 529, 1300])
@@ -407,9 +410,7 @@ def test_a_session_goes_on_from_an_answer_in_place(more: int) -> None:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize(
-    "options", [{}, {"anchored": True}, {"caching": False}], ids=["copied", "anchored", "without caching"]
-)
+@each_kind_of_cache
 def test_a_step_begins_no_more_prefills_than_there_is_memory_for(options: dict[str, bool], asynchronous: bool) -> None:
     engine = Simulator(Geometry(max_requests=256, blocks=20_000), asynchronous=asynchronous, **options)
     for i in range(150):
@@ -437,9 +438,7 @@ STOPS = range(3, 503, 7)  # every seventh of the tokens that the simulator sampl
 
 @pytest.mark.parametrize("more", [1, 3, 40, 600])
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize(
-    "options", [{}, {"anchored": True}, {"caching": False}], ids=["copied", "anchored", "without caching"]
-)
+@each_kind_of_cache
 def test_a_session_goes_on_from_an_answer_that_a_token_has_ended(
     options: dict[str, bool], asynchronous: bool, more: int
 ) -> None:

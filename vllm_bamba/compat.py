@@ -12,6 +12,9 @@ Each was read in 0.32 and 0.33, and run in 0.32 on CPUs and in 0.33 on GPUs, unl
     A first start asks the class what it can do without a second Python for it. Goes when vLLM lets plugins say so.
 `CompilationConfig.inductor_compile_config`
     Products between pieces of the model keep their strides: see `keep_strides`. Goes when pieces check their inputs.
+`VLLM_USE_BREAKABLE_CUDAGRAPH`, `eager_break_during_capture` around `mamba_mixer2`
+    Graphs of prefills without torch.compile: see `cut_graphs_without_compiling`. Run in 0.33 alone. Goes when vLLM asks
+    a model's class.
 `TRITON_CACHE_DIR`
     Kernels are kept from one start to the next: see `keep_compiled_kernels`. Goes when vLLM sets it in every start.
 operator `vllm::mamba_mixer2`
@@ -133,8 +136,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import vllm.model_executor.layers.mamba.mamba_mixer2  # noqa: F401  registers vllm::mamba_mixer2
 from vllm import envs
+from vllm.model_executor.layers.mamba.mamba_mixer2 import mamba_mixer2  # vllm::mamba_mixer2
 from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateCopyFuncCalculator,
     MambaStateDtypeCalculator,
@@ -168,6 +171,7 @@ __all__ = [
     "before_allocation",
     "check_options",
     "choose_state_dtype",
+    "cut_graphs_without_compiling",
     "fix_launches",
     "forget_autotuning",
     "free_blocks_in_order",
@@ -256,6 +260,26 @@ def tell_mixers_parts_apart(vllm_config: VllmConfig) -> None:
     whole = {name for name in names if name.endswith(".mamba") and any(n.startswith(f"{name}.") for n in names)}
     if whole:
         quant_config.modules_to_not_convert = [name for name in names if name not in whole]
+
+
+_BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
+_set_here: set[str] = set()
+
+
+def cut_graphs_without_compiling(wanted: bool) -> None:
+    """Have vLLM find where graphs of prefills are cut while it captures them, instead of by torch.compile.
+
+    vLLM does so for a list of its own models, and for who says so in the environment; what the user said there stays.
+    As with those models it then holds for the process and its workers, here until a Bamba is configured that does not
+    want it. In 0.32 the places to cut are fixed before there is a configuration: nothing changes.
+    """
+    if wanted and hasattr(mamba_mixer2, "__wrapped__"):
+        if _BREAKABLE not in os.environ:
+            os.environ[_BREAKABLE] = "1"
+            _set_here.add(_BREAKABLE)
+    elif _BREAKABLE in _set_here:
+        _set_here.remove(_BREAKABLE)
+        os.environ.pop(_BREAKABLE, None)
 
 
 def keep_strides(vllm_config: VllmConfig) -> None:

@@ -193,6 +193,7 @@ class BambaServingConfig(VerifyAndUpdateConfig):
             ValueError: naming the field or flag and what to do about it.
         """
         from vllm_bamba.compat import check_options, choose_state_dtype, keep_strides
+        from vllm_bamba.graphs import choose_graphs
         from vllm_bamba.prefix.options import configure
         from vllm_bamba.step_options import check_step
         from vllm_bamba.weights import check_files
@@ -211,6 +212,7 @@ class BambaServingConfig(VerifyAndUpdateConfig):
         check_step(vllm_config, shape)
         choose_state_dtype(vllm_config)
         keep_strides(vllm_config)
+        choose_graphs(vllm_config, shape)
         attention_layers = len(shape.attention_layers)
         configure(vllm_config, has_attention=attention_layers > 0, has_mamba=attention_layers < shape.num_layers)
         check_files(vllm_config.model_config.model, vllm_config.load_config.load_format)

@@ -2,13 +2,12 @@
 
 import torch
 from torch import nn
-from vllm import envs
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
-from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from vllm_bamba.step_options import skinny_tuning
 from vllm_bamba.warm_up import warm_ups
 
 LIBRARY = torch.library.Library("vllm_bamba", "FRAGMENT")
@@ -51,20 +50,10 @@ class SkinnyLMHeadMethod(SkinnyProducts, UnquantizedEmbeddingMethod):
 def use_skinny_products(model: nn.Module, vllm_config: VllmConfig) -> None:
     """Have `model`'s linear layers multiply few rows in our kernel, where there are launches for GPU and weight.
 
-    They must be in bf16 and not quantised. Does nothing where the user asked for another way: batch-invariant kernels
-    or a linear backend.
+    They must not be quantised. Does nothing where `skinny_tuning` finds none.
     """
-    from vllm_bamba.ops.skinny_linear.tuning import tuning_for
-
-    tuning = None
-    if current_platform.is_cuda() and (capability := current_platform.get_device_capability()):
-        tuning = tuning_for((capability.major, capability.minor), current_platform.get_device_name())
-    if (
-        tuning is None
-        or envs.VLLM_BATCH_INVARIANT
-        or vllm_config.kernel_config.linear_backend != "auto"
-        or vllm_config.model_config.dtype != torch.bfloat16
-    ):
+    tuning = skinny_tuning(vllm_config)
+    if tuning is None:
         return
     for layer in model.modules():
         method = type(getattr(layer, "quant_method", None))

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from vllm import envs
 from vllm.platforms import current_platform
 
 from vllm_bamba.compat import moves_blocks
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from vllm.config import CacheConfig, VllmConfig
 
     from vllm_bamba.config import BambaShape
+    from vllm_bamba.ops.skinny_linear.tuning import Tuning
 
 REPLAYS = (0, 8, 16, 32)
 logger = logging.getLogger("vllm.vllm_bamba")
@@ -98,6 +100,37 @@ def _is_best(vllm_config: VllmConfig, shape: BambaShape) -> bool:
         and not moves_blocks(vllm_config)
         and _obstacle(vllm_config, shape) is None
     )
+
+
+def skinny_tuning(vllm_config: VllmConfig) -> Tuning | None:
+    """How products of few rows are launched on this GPU.
+
+    None where there is no table for it, weights are not in bf16, or the user asked for another way: batch-invariant
+    kernels or a linear backend.
+    """
+    if (
+        not current_platform.is_cuda()
+        or envs.VLLM_BATCH_INVARIANT
+        or vllm_config.kernel_config.linear_backend != "auto"
+        or vllm_config.model_config.dtype != torch.bfloat16
+    ):
+        return None
+    from vllm_bamba.ops.skinny_linear.tuning import tuning_for  # needs Triton
+
+    capability = current_platform.get_device_capability()
+    return tuning_for((capability.major, capability.minor), current_platform.get_device_name()) if capability else None
+
+
+def is_all_kernels(vllm_config: VllmConfig, shape: BambaShape) -> bool:
+    """Whether the model will be kernels of ours from end to end, which leaves torch.compile nothing to fuse.
+
+    That is so where the fused step is the default and `stream.py` serves all linear layers: one rank, no adapters and
+    no biases. A weight whose sizes no launch fits takes vLLM's way all the same.
+    """
+    alone = vllm_config.parallel_config.tensor_parallel_size == 1 and vllm_config.lora_config is None
+    biased = shape.attention_bias or shape.mlp_bias or shape.mamba_proj_bias
+    fused = StepOptions.of(vllm_config, shape).fused and _is_best(vllm_config, shape)
+    return fused and alone and not biased and skinny_tuning(vllm_config) is not None
 
 
 def check_step(vllm_config: VllmConfig, shape: BambaShape) -> None:

@@ -1,4 +1,4 @@
-"""Parity on GPUs with vLLM's own defaults: bf16, torch.compile, CUDA graphs, chunked prefill, prefix caching."""
+"""Parity on GPUs with defaults: bf16, CUDA graphs, chunked prefill, prefix caching; some with torch.compile."""
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from test_parity import CONFIGURATIONS as ON_CPUS
 from traffic import traffic
 from transformers import AutoConfig
 from vllm.compilation.monitor import set_cudagraph_capturing_enabled
+from vllm.config import CompilationMode, CUDAGraphMode
 
 from vllm_bamba.config import BambaShape
 from vllm_bamba.prefill_graphs import PrefillGraphs
@@ -40,7 +41,8 @@ STEPS = {  # the decode step
     "fused_step_int8": {"bamba_fused_step": True, "bamba_state_dtype": "int8"},
 }
 FP8 = {"bamba_fused_step": True, "bamba_state_dtype": "fp8"}
-PADDED = {"inductor_compile_config": {"force_shape_pad": True}}  # products, if Inductor may pad any
+COMPILED = {"mode": CompilationMode.VLLM_COMPILE}
+PADDED = COMPILED | {"inductor_compile_config": {"force_shape_pad": True}}  # products, if Inductor may pad any
 each_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
 
 CONFIGURATIONS = ON_CPUS | {
@@ -79,11 +81,15 @@ def test_products_that_inductor_would_pad_equal_transformers(step, tmp_path):
     check_small_model(tmp_path, {}, additional_config=step, compilation_config=PADDED)
 
 
-@pytest.mark.parametrize("eager", [False, True], ids=["compiled_with_cuda_graphs", "eager"])
+@pytest.mark.parametrize(
+    "ways",
+    [{}, {"compilation_config": COMPILED}, {"enforce_eager": True}],
+    ids=["default", "compiled_with_cuda_graphs", "eager"],
+)
 @pytest.mark.parametrize("step", [*STEPS.values(), FP8], ids=[*STEPS, "fused_step_fp8"])
-def test_embedded_checkpoint_equals_transformers(step, eager, tiny):
+def test_embedded_checkpoint_equals_transformers(step, ways, tiny):
     prompts = random_prompts([1, 3, 64, 200, 700], vocabulary=1024)
-    options = BF16 | {"enforce_eager": eager, "max_model_len": 1024, "additional_config": step}
+    options = BF16 | ways | {"max_model_len": 1024, "additional_config": step}
     with Engine(tiny, **options) as engine:
         assert engine.llm.llm_engine.vllm_config.use_v2_model_runner
         answers = engine.answers(prompts, 64)
@@ -142,7 +148,7 @@ def test_layers_whose_weights_come_when_they_are_called(tiny):
     check_low_precision(answers, *references(tiny))
 
 
-@pytest.mark.parametrize("eager", [False, True], ids=["compiled_with_cuda_graphs", "eager"])
+@pytest.mark.parametrize("eager", [False, True], ids=["cuda_graphs", "eager"])
 @pytest.mark.parametrize("drafts", [1, 4])
 @pytest.mark.parametrize("step", [None, *STEPS.values()], ids=["with_prefix_caching", *STEPS])
 def test_drafted_tokens_change_no_answer(step, drafts, eager, tiny):
@@ -187,7 +193,8 @@ def test_what_nobody_asked_for_is_the_fused_step_with_prefix_slots(tiny):
         assert form.anchored
         assert form.state_dtype == torch.int8
         assert active(config)
-        assert config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        assert config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
+        assert config.compilation_config.mode == CompilationMode.NONE
         answers = engine.answers(prompts, 16)
     check_low_precision(answers, *references(tiny))
 

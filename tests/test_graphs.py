@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_config import engine, raw
 from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
+from vllm.v1.sample.ops import topk_topp_sampler
 
 from vllm_bamba import compat, graphs
 from vllm_bamba.config import BambaShape
@@ -162,3 +163,40 @@ def test_without_a_gpu_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> No
     choose(config)
     assert repr(config) == before
     assert not is_all_kernels(config, BambaShape.from_hf(config.model_config.hf_config))  # type: ignore[arg-type]
+
+
+def test_kernels_of_the_sampler_are_made_for_one_row_few_and_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def apply(logits: torch.Tensor, k: torch.Tensor, p: torch.Tensor) -> None:
+        assert (logits.dtype, k.dtype, p.dtype) == (torch.float32, torch.int32, torch.float32)
+        assert k.shape == p.shape == logits.shape[:1]
+        assert logits.shape[1] == 48
+        seen.append(len(logits))
+
+    def apply_more(
+        logits: torch.Tensor, k: torch.Tensor, p: torch.Tensor, has_topp_only_rows: bool = True
+    ) -> None:  # as in 0.33
+        assert not has_topp_only_rows
+        apply(logits, k, p)
+
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    for function in (apply, apply_more):
+        monkeypatch.setattr(topk_topp_sampler, "apply_top_k_top_p", function)
+        seen.clear()
+        torch.set_default_dtype(torch.bfloat16)  # as while vLLM builds a model
+        try:
+            for call in compat.sampler_warm_ups(48, torch.device("cpu")):
+                call()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert seen == [1, 2, 128]
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "1")
+    assert compat.sampler_warm_ups(48, torch.device("cpu")) == []
+
+
+def test_the_installed_sampler_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    monkeypatch.setattr(topk_topp_sampler, "HAS_TRITON", False)  # vLLM's kernel needs a GPU
+    for call in compat.sampler_warm_ups(48, torch.device("cpu")):
+        call()

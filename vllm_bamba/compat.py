@@ -15,6 +15,8 @@ Each was read in 0.32 and 0.33, and run in 0.32 on CPUs and in 0.33 on GPUs, unl
 `VLLM_USE_BREAKABLE_CUDAGRAPH`, `eager_break_during_capture` around `mamba_mixer2`
     Graphs of prefills without torch.compile: see `cut_graphs_without_compiling`. Run in 0.33 alone. Goes when vLLM asks
     a model's class.
+`vllm.v1.sample.ops.topk_topp_sampler.apply_top_k_top_p`
+    Its kernels are made while weights are loaded: see `sampler_warm_ups`. Goes when vLLM makes them in threads.
 `TRITON_CACHE_DIR`
     Kernels are kept from one start to the next: see `keep_compiled_kernels`. Goes when vLLM sets it in every start.
 operator `vllm::mamba_mixer2`
@@ -129,6 +131,7 @@ Four of these work round bugs of vLLM's, which serve wrong tokens:
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
@@ -189,6 +192,7 @@ __all__ = [
     "register_manager",
     "remove_keys",
     "replace_spec",
+    "sampler_warm_ups",
     "set_state_block",
     "silu_and_mul",
     "state_backend",
@@ -280,6 +284,28 @@ def cut_graphs_without_compiling(wanted: bool) -> None:
     elif _BREAKABLE in _set_here:
         _set_here.remove(_BREAKABLE)
         os.environ.pop(_BREAKABLE, None)
+
+
+def sampler_warm_ups(vocab_size: int, device: torch.device) -> list[Callable[[], object]]:
+    """What has vLLM's kernels of top-k and top-p made, each call some of them; nothing where FlashInfer's sample.
+
+    Args:
+        vocab_size: columns of logits.
+        device: a GPU.
+    """
+    if envs.VLLM_USE_FLASHINFER_SAMPLER:
+        return []
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    # vLLM's own warm-up asks for both in every row, of which 0.33 makes something
+    more = {"has_topp_only_rows": False} if len(inspect.signature(apply_top_k_top_p).parameters) > 3 else {}
+
+    def sample(rows: int) -> None:
+        logits = torch.zeros(rows, vocab_size, dtype=torch.float32, device=device)
+        k = torch.ones(rows, dtype=torch.int32, device=device)
+        apply_top_k_top_p(logits, k, torch.ones(rows, dtype=torch.float32, device=device), **more)
+
+    return [functools.partial(sample, rows) for rows in (1, 2, 128)]  # one, few and many rows have their kernels
 
 
 def keep_strides(vllm_config: VllmConfig) -> None:

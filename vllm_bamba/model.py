@@ -31,6 +31,7 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
@@ -39,6 +40,7 @@ from vllm_bamba.compat import (
     keep_compiled_kernels,
     moves_layers,
     prepare_lora,
+    sampler_warm_ups,
     tell_mixers_parts_apart,
 )
 from vllm_bamba.config import BambaShape
@@ -46,7 +48,7 @@ from vllm_bamba.mixer import BambaMixer
 from vllm_bamba.prefix.options import attention_spec
 from vllm_bamba.step_options import StepOptions, slot_dtypes, slot_shapes
 from vllm_bamba.stream import Stream, stream_for
-from vllm_bamba.warm_up import warm_ups
+from vllm_bamba.warm_up import WarmUps, warm_ups
 from vllm_bamba.weights import STACKED, load_weights
 
 
@@ -273,6 +275,10 @@ class BambaForCausalLM(
         else:
             self.lm_head = PPMissingLayer()
         self.logits_processor = LogitsProcessor(self.shape.vocab_size)
+        self.sampler_warm_ups = WarmUps()
+        if get_pp_group().is_last_rank and current_platform.is_cuda():
+            device = torch.device("cuda", torch.cuda.current_device())
+            self.sampler_warm_ups.start("sampler", lambda: sampler_warm_ups(self.shape.vocab_size, device), device)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         if StepOptions.of(vllm_config, self.shape).fused:
             from vllm_bamba.linear import use_skinny_products
@@ -294,6 +300,7 @@ class BambaForCausalLM(
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        self.sampler_warm_ups.finish()
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

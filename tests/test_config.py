@@ -303,6 +303,7 @@ def engine(**changes: object) -> SimpleNamespace:
             model=values["model"],
             quantization=values["quantization"],
             dtype=values["dtype"],
+            runner_type="generate",
         ),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=values["tensor"], decode_context_parallel_size=1, prefill_context_parallel_size=1

@@ -39,7 +39,7 @@ def configured(sequences: int = 256, tokens: int = 8192, **changes: object) -> S
     """What vLLM gives the hook, with its own defaults."""
     config = engine(**changes)
     config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_batched_tokens = sequences, tokens
-    config.performance_mode = "balanced"
+    config.performance_mode, config.model_config.enforce_eager = "balanced", False
     config.kernel_config = SimpleNamespace(linear_backend="auto")
     config.compilation_config = CompilationConfig()
     return config
@@ -53,7 +53,7 @@ def vllms_own(config: SimpleNamespace) -> list[int]:
     """The sizes that vLLM makes of a configuration."""
     compilation = config.compilation_config
     compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
-    config.model_config.enforce_eager, config.uniform_decode_query_len = False, 1
+    config.uniform_decode_query_len = 1
     VllmConfig._set_cudagraph_sizes(config)  # type: ignore[arg-type]
     return compilation.cudagraph_capture_sizes
 
@@ -123,6 +123,7 @@ def test_nothing_is_compiled_where_all_is_kernels(why: str, changes: dict[str, o
         lambda config, patch: patch.setenv("VLLM_BATCH_INVARIANT", "1"),
         lambda config, patch: setattr(config.kernel_config, "linear_backend", "cutlass"),
         lambda config, patch: setattr(config, "additional_config", {"bamba_fused_step": False}),
+        lambda config, patch: setattr(config.model_config, "enforce_eager", True),
         lambda config, patch: setattr(config.compilation_config, "mode", 3),
         lambda config, patch: setattr(config.compilation_config, "backend", "eager"),
         lambda config, patch: setattr(config.compilation_config, "compile_sizes", [1]),
@@ -131,9 +132,9 @@ def test_nothing_is_compiled_where_all_is_kernels(why: str, changes: dict[str, o
         ),
         lambda config, patch: patch.setattr(compat, "mamba_mixer2", object()),  # as in 0.32
     ],
-    ids=["batch-invariant", "linear-backend", "vllms-step", "mode", "backend", "compile-sizes", "gpu", "0.32"],
+    ids=["batch-invariant", "linear-backend", "vllms-step", "eager", "mode", "backend", "compile-sizes", "gpu", "0.32"],
 )
-def test_vllm_compiles_where_others_kernels_or_the_compiler_are_asked_for(
+def test_it_is_vllms_way_where_others_kernels_the_compiler_or_no_graphs_are_asked_for(
     otherwise: Callable[[SimpleNamespace, pytest.MonkeyPatch], None], h200: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configured()

@@ -27,7 +27,8 @@ def choose_graphs(vllm_config: VllmConfig, shape: BambaShape) -> None:
     compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
     other_backend = compilation.backend != current_platform.get_compile_backend()
     compiles = compilation.mode is not None or other_backend or bool(compilation.compile_sizes)
-    cut_graphs_without_compiling(not compiles and is_all_kernels(vllm_config, shape))
+    left_to_us = not vllm_config.model_config.enforce_eager and not compiles
+    cut_graphs_without_compiling(left_to_us and is_all_kernels(vllm_config, shape))
     chosen = compilation.cudagraph_capture_sizes is not None or compilation.max_cudagraph_capture_size is not None
     if chosen or vllm_config.num_speculative_tokens or vllm_config.performance_mode != "balanced":
         return

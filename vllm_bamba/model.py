@@ -276,7 +276,8 @@ class BambaForCausalLM(
             self.lm_head = PPMissingLayer()
         self.logits_processor = LogitsProcessor(self.shape.vocab_size)
         self.sampler_warm_ups = WarmUps()
-        if get_pp_group().is_last_rank and current_platform.is_cuda():
+        samples = get_pp_group().is_last_rank and vllm_config.model_config.runner_type == "generate"
+        if samples and current_platform.is_cuda():
             device = torch.device("cuda", torch.cuda.current_device())
             self.sampler_warm_ups.start("sampler", lambda: sampler_warm_ups(self.shape.vocab_size, device), device)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors

@@ -71,6 +71,9 @@ operator `vllm::mamba_mixer2`
     The same stages must lay states out as the others do: see `align_blocks`. Goes when vLLM aligns blocks by the model.
 `vllm.lora.ops.torch_ops.lora_ops.bgmv_shrink`
     On CPUs, requests without an adapter got one. Goes with 0.32.
+`base_layer` in the names of parameters (in `weights.load_weights`)
+    Where adapters are served, vLLM's LoRA layers stand between a module and its weights, which may be reloaded. Goes
+    when vLLM reloads what they wrap.
 `vllm.lora.utils._all_lora_classes`
     Adapters of `in_proj` where B and C are copied to several ranks. Goes when vLLM asks layers for their wrapper.
 `scheduler_cls`, `Scheduler._mamba_block_aligned_split`

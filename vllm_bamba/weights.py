@@ -45,7 +45,8 @@ def load_weights(model: nn.Module, shape: BambaShape, weights: Weights, partial:
     Raises:
         ValueError: a tensor does not fit its parameter, is left over, or is missing; the message lists the names.
     """
-    parameters = dict(model.named_parameters())
+    # without what vLLM's LoRA layers put into the names of those that they wrap
+    parameters = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
     shapes = checkpoint_shapes(shape)
     loaded: set[tuple[str, str | int | None]] = set()
     left_over = []

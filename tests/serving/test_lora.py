@@ -94,3 +94,19 @@ def test_adapter_follows_groups_that_are_copied_to_both_ranks(tmp_path, monkeypa
     path = save_random(tmp_path / "base")
     merged = save_adapter(path, str(tmp_path / "adapter"), PROJECTIONS)
     check(path, str(tmp_path / "adapter"), merged, tensor_parallel_size=2, distributed_executor_backend="mp")
+
+
+def test_weights_are_reloaded_beneath_an_adapter(tmp_path):
+    """As a trainer of the base model does: adapters stay what they were."""
+    paths = [save_random(tmp_path / f"base{seed}", seed=seed) for seed in (0, 1)]
+    merged = [save_adapter(path, str(tmp_path / "adapter"), PROJECTIONS) for path in paths]  # the same for both
+    request = LoRARequest("adapter", 1, str(tmp_path / "adapter"))
+    with Engine(paths[0], enable_lora=True, max_lora_rank=8) as engine:
+        for path, with_adapter in zip(paths, merged, strict=True):
+            engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+            engine.llm.reset_prefix_cache()
+            adapted = engine.answers(PROMPTS, prompt_logprobs=False, lora_request=request)
+            plain = engine.answers(PROMPTS, prompt_logprobs=False)
+            for answers, reference in ((adapted, Reference(with_adapter)), (plain, Reference(path))):
+                for answer in answers:
+                    reference.check(answer)

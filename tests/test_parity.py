@@ -214,3 +214,15 @@ def test_random_weights_give_way_to_weights_that_come_in_parts(tmp_path):
     reference = Reference(path)
     for answer in answers:
         reference.check(answer)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_replaced_by_another_checkpoints(tied, tmp_path):
+    paths = [save_random(tmp_path / f"{seed}", seed=seed, tie_word_embeddings=tied) for seed in (0, 1)]
+    with Engine(paths[0]) as engine:
+        for path in (*paths, paths[0]):
+            engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+            engine.llm.reset_prefix_cache()
+            reference = Reference(path)
+            for answer in engine.answers(random_prompts([1, 20, 33]), 5):
+                reference.check(answer)

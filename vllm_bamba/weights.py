@@ -24,6 +24,7 @@ STACKED: dict[str, tuple[str, str | int]] = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
 }
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one parameter where they are tied
 RENAMED = {"A_log": "A"}  # the parameter holds -exp(A_log)
 OPTIONAL = (  # vLLM has defaults for these
     *(f".{of}_{what}" for of in ("q", "k", "v") for what in ("scale", "zero_point")),
@@ -64,6 +65,9 @@ def load_weights(model: nn.Module, shape: BambaShape, weights: Weights, partial:
             continue
         _load(name, parameters[target], place, tensor)
         loaded.add((target, place))
+        if shape.tie_word_embeddings and target == EMBEDDING and HEAD in parameters:  # two while vLLM reloads weights
+            _load(name, parameters[HEAD], place, tensor)
+            loaded.add((HEAD, place))
 
     config = getattr(model, "config", None)
     made = ("score.",) if getattr(config, "method", None) else ()  # a classifier that vLLM makes of lm_head

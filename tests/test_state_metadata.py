@@ -21,7 +21,9 @@ TABLE = torch.arange(1, 1 + 4 * 30, dtype=torch.int32).view(4, 30)  # block of e
 def build(rows: dict[int, tuple[int, int]], hash_block_size: int | None = 8) -> InnerStateMetadata | None:
     """Of a batch of `rows`, request -> tokens before and new ones; those with one new token decode and come first."""
     cache = SimpleNamespace(hash_block_size=hash_block_size)
-    builder = InnerStateBuilder(SimpleNamespace(cache_config=cache), SimpleNamespace(block_size=UNIT))
+    builder = InnerStateBuilder(
+        SimpleNamespace(cache_config=cache, speculative_config=None), SimpleNamespace(block_size=UNIT)
+    )
     new = torch.tensor([0] + [tokens for _, tokens in rows.values()]).cumsum(0)
     batch = SimpleNamespace(
         query_start_loc=new,
@@ -83,7 +85,9 @@ class TestForGraphs:
             cudagraph_mode=CUDAGraphMode[graphs],
             static_forward_context={"layer": layer or SimpleNamespace(wants_graphs=False)},
         )
-        speculative = SimpleNamespace(num_speculative_tokens=drafts, parallel_drafting=False)
+        speculative = SimpleNamespace(
+            num_speculative_tokens=drafts, parallel_drafting=False, use_eagle_block_drop=lambda: False
+        )
         config = SimpleNamespace(
             speculative_config=speculative if drafts else None,
             compilation_config=compilation,

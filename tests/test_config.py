@@ -280,6 +280,7 @@ def engine(**changes: object) -> SimpleNamespace:
         "hf_config": raw(),
         "model": "a/name-on-the-hub",
         "tensor": 1,
+        "stages": 1,
         "replay": False,
         "drafts": 0,
         "caching": False,
@@ -306,7 +307,10 @@ def engine(**changes: object) -> SimpleNamespace:
             runner_type="generate",
         ),
         parallel_config=SimpleNamespace(
-            tensor_parallel_size=values["tensor"], decode_context_parallel_size=1, prefill_context_parallel_size=1
+            tensor_parallel_size=values["tensor"],
+            pipeline_parallel_size=values["stages"],
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
         ),
         load_config=SimpleNamespace(load_format="auto"),
         cache_config=SimpleNamespace(

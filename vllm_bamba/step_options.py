@@ -125,9 +125,11 @@ def is_all_kernels(vllm_config: VllmConfig, shape: BambaShape) -> bool:
     """Whether the model will be kernels of ours from end to end, which leaves torch.compile nothing to fuse.
 
     That is so where the fused step is the default and `stream.py` serves all linear layers: one rank, no adapters and
-    no biases. A weight whose sizes no launch fits takes vLLM's way all the same.
+    no biases. A weight whose sizes no launch fits takes vLLM's way all the same. Nobody has seen pipeline stages so.
     """
-    alone = vllm_config.parallel_config.tensor_parallel_size == 1 and vllm_config.lora_config is None
+    parallel = vllm_config.parallel_config
+    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    alone = ranks == 1 and vllm_config.lora_config is None
     biased = shape.attention_bias or shape.mlp_bias or shape.mamba_proj_bias
     fused = StepOptions.of(vllm_config, shape).fused and _is_best(vllm_config, shape)
     return fused and alone and not biased and skinny_tuning(vllm_config) is not None

@@ -31,7 +31,8 @@ def h200(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "get_device_name", classmethod(lambda cls: "NVIDIA H200"))
     monkeypatch.setattr(compat, "_set_here", set())
     monkeypatch.setattr(compat, "mamba_mixer2", SimpleNamespace(__wrapped__=None))
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.setenv(ENVIRONMENT, "")  # so that it is put back afterwards, whatever becomes of it
+    monkeypatch.delenv(ENVIRONMENT)
     monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from parity import LIMIT, Answer, Engine, Reference, assert_same, check_low_precision, random_prompts, save_random
 from safetensors.torch import load_file
+from vllm.config import CompilationMode
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from vllm_bamba.state_metadata import StateMetadataBuilder
@@ -147,6 +148,7 @@ def test_chunked_prefill_at_awkward_sizes_equals_whole(budget, tmp_path):
 def test_compiled_model_equals_transformers(tmp_path):
     path = save_random(tmp_path)
     with Engine(path, enforce_eager=False) as engine:
+        assert engine.llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
         answers = engine.answers(random_prompts(LENGTHS))
     reference = Reference(path)
     for answer in answers:

@@ -26,6 +26,9 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.kv_cache_interface import MambaSpec
+
+from vllm_bamba.compat import measure_system_messages, moves_blocks, replace_spec, set_state_block
 from vllm_bamba.options import given_options
 from vllm_bamba.prefix.chat import KEY
 from vllm_bamba.prefix.policy import UNIT
@@ -114,8 +117,6 @@ def configure(vllm_config: VllmConfig, has_attention: bool = True, has_mamba: bo
     Raises:
         ValueError: an option has a value that makes no sense, or vLLM's own caching would be wrong with it.
     """
-    from vllm_bamba.compat import measure_system_messages
-
     cache = vllm_config.cache_config
     options = SlotOptions.of(vllm_config)
     if vllm_config.scheduler_config.scheduler_cls in (SCHEDULER, DRAFTING):
@@ -155,8 +156,6 @@ def configure(vllm_config: VllmConfig, has_attention: bool = True, has_mamba: bo
 
 def _obstacle(vllm_config: VllmConfig, has_attention: bool, has_mamba: bool) -> str | None:
     """What slots have not been made or tried with."""
-    from vllm_bamba.compat import moves_blocks
-
     parallel, events = vllm_config.parallel_config, vllm_config.kv_events_config
     reasons = {
         "the model has no attention layer": not has_attention,
@@ -174,10 +173,6 @@ def _obstacle(vllm_config: VllmConfig, has_attention: bool, has_mamba: bool) -> 
 
 def state_spec(spec: KVCacheSpec, vllm_config: VllmConfig) -> KVCacheSpec:
     """A Mamba layer's cache specification: with slots, one that has a block for every unit."""
-    from vllm.v1.kv_cache_interface import MambaSpec
-
-    from vllm_bamba.compat import replace_spec, set_state_block
-
     cache = vllm_config.cache_config
     spec = replace_spec(MambaSpec, spec, num_prefill_checkpoint_blocks=1, prefill_checkpoint_alignment=1)
     if not active(vllm_config):
@@ -188,7 +183,7 @@ def state_spec(spec: KVCacheSpec, vllm_config: VllmConfig) -> KVCacheSpec:
                 spec.block_size,
             )
         return spec
-    from vllm_bamba.prefix.managers import BambaStateSpec
+    from vllm_bamba.prefix.managers import BambaStateSpec  # importing it registers the managers: for engines with slots
 
     unit = unit_of(vllm_config)
     set_state_block(vllm_config, unit)
@@ -197,8 +192,6 @@ def state_spec(spec: KVCacheSpec, vllm_config: VllmConfig) -> KVCacheSpec:
 
 def attention_spec(spec: KVCacheSpec | None, vllm_config: VllmConfig) -> KVCacheSpec | None:
     """An attention layer's cache specification: with slots, one whose blocks have keys at every unit."""
-    from vllm_bamba.compat import replace_spec
-
     if spec is None or not active(vllm_config):
         return spec
     from vllm_bamba.prefix.managers import BambaAttentionSpec

@@ -42,7 +42,7 @@ def sharded_parameter(
     def load(param: nn.Parameter, loaded: torch.Tensor) -> None:
         part = convert(torch.cat([loaded[r.start : r.stop] for r in rows]))
         if part.shape != param.shape:
-            raise ValueError(f"got shape {tuple(loaded.shape)}, of which {tuple(part.shape)} would be {tuple(size)}")
+            raise ValueError(f"this rank's part of it has shape {tuple(part.shape)}, expected {tuple(size)}")
         param.data.copy_(part)
 
     parameter.weight_loader = load  # type: ignore[attr-defined]  # where vLLM's loaders look for it

@@ -10,9 +10,9 @@ Options of the engine, in vLLM's `additional_config`:
 | `bamba_prefill_graphs` | true | short prefills as CUDA graphs, with either step, where vLLM has piecewise ones |
 
 The step is on by default on the GPUs that its tests and its tables are from, compute capability 9.0, with bf16
-activations, unless the checkpoint is quantised or blocks go to other engines. Elsewhere it can be asked for. Drafted
-tokens of speculative decoding cost it no states, but it takes them back without prefix caching only, and from a ring of
-more than twice as many: it is not the default where that does not hold.
+activations, unless the checkpoint is quantised or blocks go to other engines or to the host. Elsewhere it can be asked
+for. Drafted tokens of speculative decoding cost it no states, but it takes them back without prefix caching only, and
+from a ring of more than twice as many: with caching, or more than 7 drafts, it is not the default.
 
 Where the step is on by default, states are in int8, the fastest precision that predicts as fp32 does
 (benchmarks/bench_accuracy.py), unless `--mamba-ssm-cache-dtype` or `--mamba-cache-dtype` is given. Elsewhere these
@@ -136,7 +136,11 @@ def is_all_kernels(vllm_config: VllmConfig, shape: BambaShape) -> bool:
 
 
 def check_step(vllm_config: VllmConfig, shape: BambaShape) -> None:
-    """Raise ValueError where the fused step is asked for and cannot serve, or where no other can."""
+    """Check that the chosen decode step can serve; where states are in int8 by default, the log says so.
+
+    Raises:
+        ValueError: it cannot, or neither step can; the message says what to change.
+    """
     options = StepOptions.of(vllm_config, shape)
     if not options.fused and vllm_config.speculative_config is not None and current_platform.is_cpu():
         raise ValueError(
@@ -152,7 +156,10 @@ def check_step(vllm_config: VllmConfig, shape: BambaShape) -> None:
         )
     obstacle = _obstacle(vllm_config, shape, options.replay, options.eight_bits)
     if options.fused and obstacle:
-        raise ValueError(f"additional_config: bamba_fused_step cannot be used here: {obstacle}. Or leave it out.")
+        raise ValueError(
+            f"additional_config: bamba_fused_step cannot be used here: {obstacle}. Change that, or leave out "
+            "bamba_fused_step, bamba_replay and bamba_state_dtype."
+        )
     if options.eight_bits and "bamba_state_dtype" not in given_options(vllm_config):
         logger.info("SSM states are kept in int8; --mamba-ssm-cache-dtype says otherwise.")
 
@@ -176,7 +183,7 @@ def _obstacle(
     replay: int = StepOptions.replay,
     eight_bits: torch.dtype | None = None,
 ) -> str | None:
-    """What the fused step cannot do; only with drafts does `replay` matter."""
+    """Why the fused step cannot serve, None where it can; `replay` matters with drafts only."""
     drafts, mamba = vllm_config.num_speculative_tokens, vllm_config.mamba_config
     fitting = [str(tokens) for tokens in REPLAYS if tokens > 2 * drafts]
     sizes = {"mamba_d_head": shape.mamba_head_dim, "mamba_d_state": shape.mamba_state}
@@ -228,14 +235,14 @@ def slot_format(vllm_config: VllmConfig, shape: BambaShape) -> SlotFormat | None
 
 
 def slot_shapes(vllm_config: VllmConfig, shape: BambaShape) -> tuple[tuple[int, ...], ...]:
-    """Shapes of one slot's tensors on one rank, as vLLM is to make them."""
+    """Shapes of the two tensors of a slot on one rank, as vLLM allocates them."""
     if form := slot_format(vllm_config, shape):
         return form.shapes()
     return state_shapes(shape, vllm_config.parallel_config.tensor_parallel_size, vllm_config.num_speculative_tokens)
 
 
 def slot_dtypes(vllm_config: VllmConfig, shape: BambaShape) -> tuple[torch.dtype, torch.dtype]:
-    """Their dtypes."""
+    """Dtypes of the two tensors of `slot_shapes`."""
     if form := slot_format(vllm_config, shape):
         return form.dtypes()
     return state_dtypes(vllm_config.model_config.dtype, vllm_config.cache_config)

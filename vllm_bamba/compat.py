@@ -290,7 +290,7 @@ def cut_graphs_without_compiling(wanted: bool) -> None:
 
 
 def sampler_warm_ups(vocab_size: int, device: torch.device) -> list[Callable[[], object]]:
-    """What has vLLM's kernels of top-k and top-p made, each call some of them; nothing where FlashInfer's sample.
+    """Calls that have vLLM's kernels of top-k and top-p made, some each; none where FlashInfer's kernels sample.
 
     Args:
         vocab_size: columns of logits.
@@ -300,8 +300,9 @@ def sampler_warm_ups(vocab_size: int, device: torch.device) -> list[Callable[[],
         return []
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
-    # vLLM's own warm-up asks for both in every row, of which 0.33 makes something
-    more = {"has_topp_only_rows": False} if len(inspect.signature(apply_top_k_top_p).parameters) > 3 else {}
+    # as in vLLM's own warm-up each row has a k and a p; 0.33 wants to be told that none has a p alone
+    parameters = inspect.signature(apply_top_k_top_p).parameters
+    more = {"has_topp_only_rows": False} if "has_topp_only_rows" in parameters else {}
 
     def sample(rows: int) -> None:
         logits = torch.zeros(rows, vocab_size, dtype=torch.float32, device=device)

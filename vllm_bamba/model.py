@@ -146,7 +146,7 @@ class BambaDecoderLayer(nn.Module):
         self.pre_ff_layernorm = RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
 
     def mix(self, positions: torch.Tensor, stream: Stream, norm: RMSNorm) -> Stream:
-        """What tells tokens of each other."""
+        """The part of the layer in which tokens see each other: mixer or attention."""
         raise NotImplementedError
 
     def add_to(self, positions: torch.Tensor, stream: Stream, next_norm: RMSNorm | None) -> Stream:
@@ -256,7 +256,7 @@ class BambaForCausalLM(
         tell_mixers_parts_apart(vllm_config)
         self.config = vllm_config.model_config.hf_config
         self.shape = BambaShape.from_hf(self.config)
-        # whether all weights are there once; later loads may bring some. Random ones are not loaded, but there
+        # whether each parameter has got its weights once, if only random ones: later loads may then bring a part
         self.complete = vllm_config.load_config.load_format == "dummy"
         if vllm_config.lora_config is not None:
             from vllm_bamba.lora import InProjectionWithLoRA
@@ -297,7 +297,7 @@ class BambaForCausalLM(
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
-        warm_ups.finish()  # which the run before this one started, if it was the first
+        warm_ups.finish()  # what vLLM's first run, its memory profile, has started; nothing is left in later ones
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

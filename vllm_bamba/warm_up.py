@@ -7,7 +7,7 @@ import torch
 
 THREADS = 8  # a compiler spends four fifths of its time outside of Python, where threads need not wait for each other
 
-Call = Callable[[], object]  # makes some kernels, without need of another
+Call = Callable[[], object]  # makes some kernels; several may run side by side, in any order
 
 
 class WarmUps:
@@ -19,15 +19,15 @@ class WarmUps:
         self._threads: ThreadPoolExecutor | None = None
 
     def start(self, what: Hashable, calls: Callable[[], Iterable[Call]], device: torch.device) -> None:
-        """Have kernels made, but for those that have been before.
+        """Have kernels made, unless they were asked for before.
 
-        vLLM's memory profile is when to call this: it runs each layer on the longest batch before anything else is run
-        or captured.
+        Layers call this in vLLM's memory profile, which runs each of them on the longest batch before anything else is
+        run or captured. The sampler's kernels are asked for before weights are loaded.
 
         Args:
-            what: makes these kernels what they are.
-            calls: gives what makes them; asked where they are new.
-            device: that of the kernels. What is no GPU, such as Triton's interpreter, makes them before this returns.
+            what: tells these kernels from all others.
+            calls: gives the calls that make them; not asked again for the same `what`.
+            device: that of the kernels. Without a GPU, as in Triton's interpreter, they are made before this returns.
         """
         if what in self._begun:
             return

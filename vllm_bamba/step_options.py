@@ -125,7 +125,8 @@ def is_all_kernels(vllm_config: VllmConfig, shape: BambaShape) -> bool:
     """Whether the model will be kernels of ours from end to end, which leaves torch.compile nothing to fuse.
 
     That is so where the fused step is the default and `stream.py` serves all linear layers: one rank, no adapters and
-    no biases. A weight whose sizes no launch fits takes vLLM's way all the same. Nobody has seen pipeline stages so.
+    no biases, on a GPU that `skinny_linear` has a table for. A weight whose sizes no launch fits takes vLLM's way all
+    the same. Nobody has seen pipeline stages so.
     """
     parallel = vllm_config.parallel_config
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size

@@ -8,6 +8,7 @@ are found at the same positions.
 |---|---|
 | `policy` | which positions get a slot and which slot goes: plain integers |
 | `options` | when all this is on, what users can set |
+| `chat` | how many of a chat's first tokens are its system messages, found where prompts are rendered |
 | `slots` | which of vLLM's blocks a slot holds |
 | `managers` | vLLM's cache managers: what gets a key, and when |
 | `scheduler` | vLLM's schedulers: where a prefill stops, and whom of the managers to ask (without caching, too) |

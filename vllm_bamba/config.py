@@ -23,11 +23,15 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True)
 class BambaShape:
-    """Sizes and switches of one Bamba model; names follow the config's fields.
+    """Sizes and switches of one Bamba model; `from_hf` says which of the config's fields each one is.
 
-    Raises (from `from_hf`):
-        ValueError: a field is missing, contradicts another or asks for something that is not supported; the
-            message names the field.
+    Attributes:
+        attention_layers: indices of the layers that have attention; the others have a Mamba-2 mixer.
+        rotary_dim: channels of each attention head that are rotated.
+        mamba_state: width of the SSM state, N in arXiv:2405.21060.
+        conv_width: taps of the causal convolution.
+        chunk_size: tokens of an SSD chunk.
+        time_step_limit: bounds of the time step after softplus.
     """
 
     vocab_size: int
@@ -67,7 +71,12 @@ class BambaShape:
 
     @classmethod
     def from_hf(cls, config: Any) -> BambaShape:
-        """Read a Transformers `BambaConfig`."""
+        """Read and check a Transformers `BambaConfig`.
+
+        Raises:
+            ValueError: a field is missing, contradicts another or asks for something that is not supported; the
+                message names the field.
+        """
         model_type = getattr(config, "model_type", None)
         if model_type != "bamba":
             raise ValueError(

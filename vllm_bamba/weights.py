@@ -38,7 +38,13 @@ ORIGINAL_IN_LAYER = {"norm": "input_layernorm", "norm2": "pre_ff_layernorm", "ml
 
 
 def load_weights(model: nn.Module, shape: BambaShape, weights: Weights, partial: bool = False) -> set[str]:
-    """Load `weights` into this rank's part of `model`; all of them, or some where `partial`.
+    """Load `weights` into this rank's part of `model`.
+
+    Args:
+        model: a `BambaForCausalLM`.
+        shape: what its config says.
+        weights: names and tensors of a checkpoint, Transformers' or mamba_ssm's.
+        partial: whether parameters may be missing, as when weights of a model that has all are brought one by one.
 
     Returns:
         Names of the parameters that were loaded.
@@ -75,10 +81,8 @@ def load_weights(model: nn.Module, shape: BambaShape, weights: Weights, partial:
         _checkpoint_name(name, place)
         for name in parameters
         for place in _places(name)
-        if (name, place) not in loaded and not name.endswith(OPTIONAL) and not name.startswith(made)
+        if not (partial or (name, place) in loaded or name.endswith(OPTIONAL) or name.startswith(made))
     ]
-    if partial:
-        missing = []
     if missing or left_over:
         raise ValueError(_mismatch(sorted(missing), sorted(left_over)))
     return {target for target, _ in loaded}

@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
 
 class Mixing(ABC):
-    """One mixer's way.
+    """How one mixer does that.
 
     Attributes:
-        divides_later: whether outputs are gated and weighted, and `sums` more columns say by what to divide them; else
-            the norm has still to come.
+        divides_later: whether outputs are gated and multiplied by the norm's weights, so that only the norm's division
+            is left; else the caller gates and normalises them.
+        sums: further columns of the output that say by what to divide; 0 unless `divides_later`.
     """
 
     divides_later = False

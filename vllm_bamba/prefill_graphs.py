@@ -41,7 +41,7 @@ ALIGNMENT = 4  # words: kernels need not be made again for other addresses
 
 
 def shape_for(sequences: int, tokens: int) -> Shape | None:
-    """Of the graph that takes so many sequences with so many tokens in all; None where none does, or none are there."""
+    """The shape of the graph for so many sequences with so many tokens in all; None where none is made for them."""
     fitting = (shape for shape in SHAPES if 0 < sequences <= shape.sequences and tokens <= shape.tokens)
     return next(fitting, None)
 
@@ -155,11 +155,11 @@ class ShortPrefills:
         )
 
     def _chunks(self, shape: Shape) -> int:
-        """The most into which tokens fall, wherever sequences start and whatever states are kept inside."""
+        """The most SSD chunks that a shape's tokens fall into, wherever sequences start and states are kept inside."""
         return -(-shape.tokens // self.chunk_size) + 3 * shape.sequences - 1
 
     def _programs(self, shape: Shape) -> int:
-        """The most blocks of the convolution."""
+        """The most programs of vLLM's convolution, a block of tokens each, for a shape's tokens."""
         return -(-shape.tokens // CONV_BLOCK) + shape.sequences - 1
 
 
@@ -177,7 +177,7 @@ class GroupPrefills(NamedTuple):
 
 @cache
 def short_prefills(chunk_size: int, device: torch.device) -> ShortPrefills:
-    """The one of all layers and steps."""
+    """The description that all layers and steps share."""
     return ShortPrefills(chunk_size, device)
 
 
@@ -196,7 +196,7 @@ def _buffer(name: str, columns: int, dtype: torch.dtype, device: torch.device) -
 
 
 class PrefillGraphs:
-    """One layer's.
+    """The graphs of one layer, one for each of `SHAPES`.
 
     Args:
         prefill: [tokens, in_proj rows], plan, output -> None, the work of the layer.

@@ -89,7 +89,7 @@ class InnerStateBuilder(MambaPrefillCheckpointBuilder):
 
 @dataclass
 class StateMetadata(Mamba2AttentionMetadata):
-    """vLLM's.
+    """vLLM's, and what our layers and other groups of them want to know.
 
     Attributes:
         short: the batch's prefills, if they are short; always the same for a group of layers.

@@ -105,7 +105,7 @@ class BambaStateManager(MambaManager):
         return allocated
 
     def stays(self, request_id: str, tokens: int) -> bool:
-        """Whether an answer in place that has so many tokens, and gets one, has left its block's unit and stays in it.
+        """Whether an answer in place, of so many tokens and one to come, is past its block's unit and keeps the block.
 
         No prefill gets here: it ends at `prefilled` or one token later.
         """
@@ -118,7 +118,7 @@ class BambaStateManager(MambaManager):
         )
 
     def columns(self, request_id: str) -> int:
-        """Of the request's block table, those that the worker has been told."""
+        """How many columns of the request's block table the worker has been told."""
         return self._columns.get(request_id, len(self.req_to_blocks[request_id]))
 
     def lacks_column(self, request_id: str, tokens: int) -> bool:
@@ -271,7 +271,7 @@ class BambaAttentionManager(FullAttentionManager):
             self._keyed_in_step[request.request_id].append(block)
 
     def go_on(self, request_id: str, tokens: int) -> list[KVCacheBlock]:
-        """None: the next token has room in the last block."""
+        """As `BambaStateManager.go_on`; nothing, since the next token has room in the last block."""
         return []
 
     def keyed_in_this_step(self, request_id: str) -> list[KVCacheBlock]:

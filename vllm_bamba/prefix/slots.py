@@ -82,7 +82,7 @@ class Slots:
 
     @property
     def groups(self) -> int:
-        """Of Mamba layers."""
+        """How many groups of Mamba layers there are; a slot has a state block of each."""
         return len(self.states)
 
     @classmethod
@@ -121,7 +121,7 @@ class Slots:
         self.step.inner[request_id] = position
 
     def inner(self, request_id: str) -> int:
-        """That position."""
+        """The position at which the step leaves this request's state, too; 0: none."""
         return self.step.inner.get(request_id, 0)
 
     def hit(self, request_id: str, key: Key) -> None:
@@ -172,9 +172,10 @@ class Slots:
         return True
 
     def stays(self, request_id: str, tokens: int) -> bool:
-        """Whether an answer that goes on in place, and has so many tokens, does so with one more and fills no text's.
+        """Whether an answer in place that has so many tokens stays in its blocks with one more, attention's included.
 
-        The last of them may not be known yet, but no more: vLLM schedules one step of a request ahead.
+        That one must neither begin nor fill an attention block; nor may the last of the `tokens`, which is perhaps not
+        known yet, have filled one: vLLM schedules one step of a request ahead.
         """
         fits = tokens % self.text.block_size > 0 and (tokens + 1) % self.text.block_size > 0
         return fits and self.states[0].stays(request_id, tokens)

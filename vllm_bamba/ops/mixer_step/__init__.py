@@ -205,7 +205,7 @@ class _Step(NamedTuple):
         return self.constants | {"BIAS": self.weights.conv_bias is not None}
 
     def _beside_states(self) -> tuple[bool, torch.Tensor, torch.Tensor | None, tuple[int, ...]]:
-        """Of the two kernels of a replayed step.
+        """What the two kernels of a replayed step are given beside states.
 
         Returns:
             Whether the second one starts early; room for B and C after the convolution and, where they multiply

@@ -31,7 +31,7 @@ class Launch:
 
 
 def fitting(launches: Sequence[Launch], depth: int) -> list[Launch]:
-    """Those that sum so many numbers without a rest."""
+    """Launches whose steps divide a sum of `depth` numbers."""
     return [launch for launch in launches if depth % launch.depth == 0]
 
 

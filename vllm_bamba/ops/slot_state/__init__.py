@@ -42,7 +42,11 @@ class LayerSlots:
         groups: Sequence[int],
         tables: Sequence[torch.Tensor],
     ) -> LayerSlots:
-        """One of each a layer, but for the tables: one a group. All must stay where they are.
+        """Describe tensors, which must stay where they are.
+
+        Args:
+            slots, A, groups: one entry a layer; `groups` are indices of `tables`.
+            tables: one a group.
 
         Raises:
             ValueError: layers' slots are not laid out alike, or tables are not.

@@ -146,12 +146,15 @@ def test_it_is_vllms_way_where_others_kernels_the_compiler_or_no_graphs_are_aske
 
 
 def test_the_environment_is_the_users_or_that_of_the_last_bamba(h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(compat.logger, "info", lambda message, *of: said.append(message % of))
     choose(configured())
     assert os.environ[ENVIRONMENT] == "1"
     choose(configured())
     assert os.environ[ENVIRONMENT] == "1"
     choose(configured(tensor=2))
     assert ENVIRONMENT not in os.environ
+    assert [f"{ENVIRONMENT}=0" in message for message in said] == [True], "said once"
     for chosen in "01":
         monkeypatch.setenv(ENVIRONMENT, chosen)
         for tensor in (1, 2):

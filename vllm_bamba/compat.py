@@ -135,6 +135,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
@@ -166,6 +167,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
 Spec = TypeVar("Spec", bound="KVCacheSpec")
+logger = logging.getLogger("vllm.vllm_bamba")
 
 __all__ = [
     "Mamba2AttentionMetadata",
@@ -284,6 +286,7 @@ def cut_graphs_without_compiling(wanted: bool) -> None:
         if _BREAKABLE not in os.environ:
             os.environ[_BREAKABLE] = "1"
             _set_here.add(_BREAKABLE)
+            logger.info("torch.compile has nothing to fuse and is left out; %s=0 brings it back.", _BREAKABLE)
     elif _BREAKABLE in _set_here:
         _set_here.remove(_BREAKABLE)
         os.environ.pop(_BREAKABLE, None)

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
-SCHEDULER = "vllm_bamba.prefix.scheduler.build"
-DRAFTING = "vllm_bamba.prefix.scheduler.build_drafting"
+SCHEDULER = "vllm_bamba.prefix.scheduler.build"  # with slots or, where caching is off, without
+DRAFTING = "vllm_bamba.prefix.scheduler.build_drafting"  # with drafted tokens
 # tokens: all of a state's inputs lie behind the position before, and half of one divides any block of attention
 UNITS = (8, 16, 32)
 assert min(UNITS) > INPUTS
@@ -120,7 +120,7 @@ def configure(vllm_config: VllmConfig, has_attention: bool = True, has_mamba: bo
     cache = vllm_config.cache_config
     options = SlotOptions.of(vllm_config)
     if vllm_config.scheduler_config.scheduler_cls in (SCHEDULER, DRAFTING):
-        return
+        return  # configured before: what stands in the options now is ours, not the user's
     reason = _obstacle(vllm_config, has_attention, has_mamba)
     if vllm_config.speculative_config is not None and vllm_config.scheduler_config.scheduler_cls is None:
         vllm_config.scheduler_config.scheduler_cls = DRAFTING
@@ -155,7 +155,7 @@ def configure(vllm_config: VllmConfig, has_attention: bool = True, has_mamba: bo
 
 
 def _obstacle(vllm_config: VllmConfig, has_attention: bool, has_mamba: bool) -> str | None:
-    """What slots have not been made or tried with."""
+    """Why there can be no slots: the first thing found that they were not made for or tried with; else None."""
     parallel, events = vllm_config.parallel_config, vllm_config.kv_events_config
     reasons = {
         "the model has no attention layer": not has_attention,

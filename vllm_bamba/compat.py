@@ -135,7 +135,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
@@ -159,6 +158,8 @@ from vllm.v1.attention.selector import get_attn_backend
 from vllm.v1.core.kv_cache_utils import get_block_hash, make_block_hash_with_group_id
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from vllm_bamba import logger
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -167,7 +168,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
 Spec = TypeVar("Spec", bound="KVCacheSpec")
-logger = logging.getLogger("vllm.vllm_bamba")
 
 __all__ = [
     "Mamba2AttentionMetadata",

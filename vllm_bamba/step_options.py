@@ -21,7 +21,6 @@ decide.
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,6 +29,7 @@ import torch
 from vllm import envs
 from vllm.platforms import current_platform
 
+from vllm_bamba import logger
 from vllm_bamba.compat import moves_blocks
 from vllm_bamba.options import given_options
 from vllm_bamba.prefix.options import active, unit_of
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from vllm_bamba.ops.skinny_linear.tuning import Tuning
 
 REPLAYS = (0, 8, 16, 32)
-logger = logging.getLogger("vllm.vllm_bamba")
 
 
 @dataclass(frozen=True)

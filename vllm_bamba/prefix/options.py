@@ -22,12 +22,12 @@ A chat that says nothing shares its system messages.
 from __future__ import annotations
 
 import functools
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.kv_cache_interface import MambaSpec
 
+from vllm_bamba import logger
 from vllm_bamba.compat import measure_system_messages, moves_blocks, replace_spec, set_state_block
 from vllm_bamba.options import given_options
 from vllm_bamba.prefix.chat import KEY
@@ -43,8 +43,6 @@ DRAFTING = "vllm_bamba.prefix.scheduler.build_drafting"  # with drafted tokens
 # tokens: all of a state's inputs lie behind the position before, and half of one divides any block of attention
 UNITS = (8, 16, 32)
 assert min(UNITS) > INPUTS
-
-logger = logging.getLogger("vllm.vllm_bamba")
 
 
 @dataclass(frozen=True)

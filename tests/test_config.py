@@ -294,6 +294,7 @@ def engine(**changes: object) -> SimpleNamespace:
         "scheduler": None,
         "inductor": {},
         "prefetched": 0,
+        "on_host": 0,
         "offload_backend": "auto",
         "mamba_backend": "TRITON",
         "rounds_at_random": False,
@@ -323,7 +324,9 @@ def engine(**changes: object) -> SimpleNamespace:
         ),
         scheduler_config=SimpleNamespace(scheduler_cls=values["scheduler"]),
         offload_config=SimpleNamespace(
-            offload_backend=values["offload_backend"], prefetch=SimpleNamespace(offload_group_size=values["prefetched"])
+            offload_backend=values["offload_backend"],
+            prefetch=SimpleNamespace(offload_group_size=values["prefetched"]),
+            uva=SimpleNamespace(cpu_offload_gb=values["on_host"]),
         ),
         compilation_config=SimpleNamespace(inductor_compile_config=values["inductor"]),
         mamba_config=SimpleNamespace(
@@ -513,6 +516,9 @@ def test_the_fused_step_is_the_default_where_it_was_shown(
     assert StepOptions.of(config, shape).fused is not bool(why)
     config.additional_config = {"bamba_fused_step": False}
     assert not StepOptions.of(config, shape).fused
+    if "drafts" in why and not changes.get("caching"):
+        config.additional_config = {"bamba_replay": 32}
+        assert StepOptions.of(config, shape).fused, "a longer ring takes them back"
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ def test_sizes_that_were_chosen_or_depend_on_drafts_are_left_to_vllm(change: dic
         ("", {"drafts": 2}),
         ("two ranks", {"tensor": 2}),
         ("two stages", {"stages": 2}),
+        ("weights on the host", {"on_host": 1}),
         ("adapters", {"lora": object()}),
         ("quantised", {"quantization": "fp8"}),
         ("fp16", {"dtype": torch.float16}),

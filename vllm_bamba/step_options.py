@@ -12,7 +12,8 @@ Options of the engine, in vLLM's `additional_config`:
 The step is on by default on the GPUs that its tests and its tables are from, compute capability 9.0, with bf16
 activations, unless the checkpoint is quantised or blocks go to other engines or to the host. Elsewhere it can be asked
 for. Drafted tokens of speculative decoding cost it no states, but it takes them back without prefix caching only, and
-from a ring of more than twice as many: with caching, or more than 7 drafts, it is not the default.
+from a ring of more than twice as many: with caching, or more than 7 drafts and `bamba_replay` as it is, it is not the
+default.
 
 Where the step is on by default, states are in int8, the fastest precision that predicts as fp32 does
 (benchmarks/bench_accuracy.py), unless `--mamba-ssm-cache-dtype` or `--mamba-cache-dtype` is given. Elsewhere these
@@ -63,10 +64,7 @@ class StepOptions:
         given = given_options(vllm_config)
         fused, replay = given.get("bamba_fused_step"), given.get("bamba_replay", cls.replay)
         dtype, graphs = given.get("bamba_state_dtype"), given.get("bamba_prefill_graphs", cls.prefill_graphs)
-        best = _is_best(vllm_config, shape)
-        if fused is None:
-            fused = best
-        if not isinstance(fused, bool):
+        if not isinstance(fused, bool | None):
             raise ValueError(f"additional_config: bamba_fused_step is {fused!r}, expected true or false.")
         if not isinstance(graphs, bool):
             raise ValueError(f"additional_config: bamba_prefill_graphs is {graphs!r}, expected true or false.")
@@ -77,6 +75,9 @@ class StepOptions:
                 f"additional_config: bamba_state_dtype is {dtype!r}, expected one of {[*EIGHT_BITS]}; other dtypes are "
                 "set with --mamba-ssm-cache-dtype."
             )
+        best = _is_best(vllm_config, shape, replay)
+        if fused is None:
+            fused = best
         if not fused and {"bamba_replay", "bamba_state_dtype"} & given.keys():
             raise ValueError("additional_config: bamba_replay and bamba_state_dtype need bamba_fused_step: true.")
         if dtype is None and fused and best and _leaves_precision_open(vllm_config.cache_config):
@@ -89,7 +90,7 @@ def _leaves_precision_open(cache: CacheConfig) -> bool:
     return cache.mamba_ssm_cache_dtype == "auto" and cache.mamba_cache_dtype == "auto"
 
 
-def _is_best(vllm_config: VllmConfig, shape: BambaShape) -> bool:
+def _is_best(vllm_config: VllmConfig, shape: BambaShape, replay: int) -> bool:
     """Whether the fused step can serve, and was shown to be right and fast here."""
     return (
         current_platform.is_cuda()
@@ -97,7 +98,7 @@ def _is_best(vllm_config: VllmConfig, shape: BambaShape) -> bool:
         and vllm_config.model_config.dtype == torch.bfloat16
         and vllm_config.model_config.quantization is None
         and not moves_blocks(vllm_config)
-        and _obstacle(vllm_config, shape) is None
+        and _obstacle(vllm_config, shape, replay) is None
     )
 
 
@@ -123,15 +124,16 @@ def skinny_tuning(vllm_config: VllmConfig) -> Tuning | None:
 def is_all_kernels(vllm_config: VllmConfig, shape: BambaShape) -> bool:
     """Whether the model will be kernels of ours from end to end, which leaves torch.compile nothing to fuse.
 
-    That is so where the fused step is the default and `stream.py` serves all linear layers: one rank, no adapters and
-    no biases, on a GPU that `skinny_linear` has a table for. A weight whose sizes no launch fits takes vLLM's way all
-    the same. Nobody has seen pipeline stages so.
+    That is so where the fused step is the default and `stream.py` serves all linear layers: one rank, no adapters, no
+    biases and no weights on the host, on a GPU that `skinny_linear` has a table for. A weight whose sizes no launch
+    fits takes vLLM's way all the same. Nobody has seen pipeline stages so.
     """
     parallel = vllm_config.parallel_config
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-    alone = ranks == 1 and vllm_config.lora_config is None
+    alone = ranks == 1 and vllm_config.lora_config is None and vllm_config.offload_config.uva.cpu_offload_gb == 0
     biased = shape.attention_bias or shape.mlp_bias or shape.mamba_proj_bias
-    fused = StepOptions.of(vllm_config, shape).fused and _is_best(vllm_config, shape)
+    options = StepOptions.of(vllm_config, shape)
+    fused = options.fused and _is_best(vllm_config, shape, options.replay)
     return fused and alone and not biased and skinny_tuning(vllm_config) is not None
 
 
@@ -178,10 +180,7 @@ def _replays_prompts(vllm_config: VllmConfig) -> bool:
 
 
 def _obstacle(
-    vllm_config: VllmConfig,
-    shape: BambaShape,
-    replay: int = StepOptions.replay,
-    eight_bits: torch.dtype | None = None,
+    vllm_config: VllmConfig, shape: BambaShape, replay: int, eight_bits: torch.dtype | None = None
 ) -> str | None:
     """Why the fused step cannot serve, None where it can; `replay` matters with drafts only."""
     drafts, mamba = vllm_config.num_speculative_tokens, vllm_config.mamba_config

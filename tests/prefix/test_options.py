@@ -164,7 +164,15 @@ def test_no_caching_and_short_contexts_are_said_once(caplog: pytest.LogCaptureFi
     ]
 
 
-@pytest.mark.parametrize("given", [{"bamba_prefix_slots": 1}, {"bamba_prefix_share": 0}, {"bamba_prefix_share": 1.5}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"bamba_prefix_slots": 1},
+        {"bamba_prefix_share": 0},
+        {"bamba_prefix_share": 1.5},
+        {"bamba_prefix_share": 0.5, "bamba_prefix_slots": False},
+    ],
+)
 def test_a_senseless_option_is_refused(given: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(given))):
         SlotOptions.of(config(additional_config=given))

@@ -66,6 +66,8 @@ class SlotOptions:
             raise ValueError(f"additional_config: bamba_prefix_slots is {on!r}, expected true or false.")
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise ValueError(f"additional_config: bamba_prefix_share is {share!r}, expected a number in (0, 1].")
+        if not on and "bamba_prefix_share" in given:
+            raise ValueError("additional_config: bamba_prefix_share needs bamba_prefix_slots: true.")
         return cls(on, share)
 
 

@@ -33,7 +33,7 @@ def choose_graphs(vllm_config: VllmConfig, shape: BambaShape) -> None:
     if chosen or vllm_config.num_speculative_tokens or vllm_config.performance_mode != "balanced":
         return
     sequences, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
-    most = 1024 if current_platform.is_device_capability_family(100) else 512  # vLLM's
+    most = 1024 if current_platform.is_device_capability_family(100) else 512  # as in `VllmConfig._set_cudagraph_sizes`
     compilation.cudagraph_capture_sizes = graph_sizes(min(most, tokens, 2 * sequences), [sequences, tokens])
 
 

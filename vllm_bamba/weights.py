@@ -93,9 +93,9 @@ def checkpoint_shapes(shape: BambaShape) -> dict[str, tuple[int, ...]]:
     hidden, inner, conv = shape.hidden_size, shape.mamba_intermediate, shape.conv_channels
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (shape.vocab_size, hidden),
+        EMBEDDING: (shape.vocab_size, hidden),
         "model.final_layernorm.weight": (hidden,),
-        "lm_head.weight": (shape.vocab_size, hidden),
+        HEAD: (shape.vocab_size, hidden),
     }
 
     def linear(name: str, rows: int, columns: int, bias: bool) -> None:

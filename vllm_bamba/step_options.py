@@ -47,12 +47,17 @@ REPLAYS = (0, 8, 16, 32)
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What `additional_config` says of the decode step."""
+    """What `additional_config` says of the decode step.
+
+    Attributes:
+        best: whether the fused step can serve, and was shown to be right and fast here.
+    """
 
     fused: bool = False
     replay: int = 16
     eight_bits: torch.dtype | None = None
     prefill_graphs: bool = True
+    best: bool = False
 
     @classmethod
     def of(cls, vllm_config: VllmConfig, shape: BambaShape) -> StepOptions:
@@ -82,7 +87,7 @@ class StepOptions:
             raise ValueError("additional_config: bamba_replay and bamba_state_dtype need bamba_fused_step: true.")
         if dtype is None and fused and best and _leaves_precision_open(vllm_config.cache_config):
             dtype = "int8"
-        return cls(fused, replay, EIGHT_BITS[dtype] if dtype else None, graphs)
+        return cls(fused, replay, EIGHT_BITS[dtype] if dtype else None, graphs, best)
 
 
 def _leaves_precision_open(cache: CacheConfig) -> bool:
@@ -91,7 +96,7 @@ def _leaves_precision_open(cache: CacheConfig) -> bool:
 
 
 def _is_best(vllm_config: VllmConfig, shape: BambaShape, replay: int) -> bool:
-    """Whether the fused step can serve, and was shown to be right and fast here."""
+    """As `StepOptions.best`."""
     return (
         current_platform.is_cuda()
         and current_platform.is_device_capability((9, 0))
@@ -128,13 +133,24 @@ def is_all_kernels(vllm_config: VllmConfig, shape: BambaShape) -> bool:
     biases and no weights on the host, on a GPU that `skinny_linear` has a table for. A weight whose sizes no launch
     fits takes vLLM's way all the same. Nobody has seen pipeline stages so.
     """
-    parallel = vllm_config.parallel_config
-    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-    alone = ranks == 1 and vllm_config.lora_config is None and vllm_config.offload_config.uva.cpu_offload_gb == 0
-    biased = shape.attention_bias or shape.mlp_bias or shape.mamba_proj_bias
-    options = StepOptions.of(vllm_config, shape)
-    fused = options.fused and _is_best(vllm_config, shape, options.replay)
-    return fused and alone and not biased and skinny_tuning(vllm_config) is not None
+    options, biased = (
+        StepOptions.of(vllm_config, shape),
+        shape.attention_bias or shape.mlp_bias or shape.mamba_proj_bias,
+    )
+    return (
+        options.fused
+        and options.best
+        and linears_stand_alone(vllm_config)
+        and vllm_config.parallel_config.pipeline_parallel_size == 1
+        and vllm_config.offload_config.uva.cpu_offload_gb == 0
+        and not biased
+        and skinny_tuning(vllm_config) is not None
+    )
+
+
+def linears_stand_alone(vllm_config: VllmConfig) -> bool:
+    """Whether linear layers have neither other ranks to add up with nor adapters."""
+    return vllm_config.parallel_config.tensor_parallel_size == 1 and vllm_config.lora_config is None
 
 
 def check_step(vllm_config: VllmConfig, shape: BambaShape) -> None:

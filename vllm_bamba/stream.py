@@ -20,6 +20,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm_bamba.compat import silu_and_mul
 from vllm_bamba.linear import LIBRARY, SkinnyLinearMethod
 from vllm_bamba.ops.gated_norm import Division, divide_later
+from vllm_bamba.step_options import linears_stand_alone
 from vllm_bamba.warm_up import warm_ups
 
 
@@ -112,10 +113,9 @@ class SkinnyStream(Stream):
 
 def stream_for(layers: nn.Module, vllm_config: VllmConfig) -> type[Stream]:
     """What suits a stage's layers: skinny where each linear layer is, without a bias, an adapter or another rank."""
-    alone = vllm_config.parallel_config.tensor_parallel_size == 1 and vllm_config.lora_config is None
     linears = [layer for layer in layers.modules() if isinstance(layer, LinearBase)]
     skinny = all(type(layer.quant_method) is SkinnyLinearMethod and layer.bias is None for layer in linears)
-    return SkinnyStream if alone and skinny else Stream
+    return SkinnyStream if skinny and linears_stand_alone(vllm_config) else Stream
 
 
 def _divided_linear(
